@@ -1,0 +1,66 @@
+"""Normalizer-free convolutional networks in JAX, compiled from short spec files.
+
+Names load on first use: importing nfflax costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nfflax import nn as nn
+    from nfflax import weights as weights
+    from nfflax.insight.spp import signals as signals
+    from nfflax.nn.activations import gamma_of as gamma_of
+    from nfflax.nn.activations import register_activation as register_activation
+    from nfflax.nn.build import build as build
+    from nfflax.nn.build import create as create
+    from nfflax.nn.net import NFNet as NFNet
+    from nfflax.nn.roles import Role as Role
+    from nfflax.nn.roles import role_of as role_of
+    from nfflax.spec.errors import SpecError as SpecError
+    from nfflax.spec.load import load_spec as load_spec
+    from nfflax.spec.plan import BlockPlan as BlockPlan
+    from nfflax.spec.plan import FeatureInfo as FeatureInfo
+    from nfflax.spec.plan import Plan as Plan
+    from nfflax.spec.plan import plan as plan
+    from nfflax.spec.presets import list_specs as list_specs
+    from nfflax.spec.schema import Spec as Spec
+    from nfflax.weights.errors import WeightsError as WeightsError
+
+_MODULE_OF = {
+    "BlockPlan": "nfflax.spec.plan",
+    "FeatureInfo": "nfflax.spec.plan",
+    "NFNet": "nfflax.nn.net",
+    "Plan": "nfflax.spec.plan",
+    "Role": "nfflax.nn.roles",
+    "Spec": "nfflax.spec.schema",
+    "SpecError": "nfflax.spec.errors",
+    "WeightsError": "nfflax.weights.errors",
+    "build": "nfflax.nn.build",
+    "create": "nfflax.nn.build",
+    "gamma_of": "nfflax.nn.activations",
+    "list_specs": "nfflax.spec.presets",
+    "load_spec": "nfflax.spec.load",
+    "plan": "nfflax.spec.plan",
+    "register_activation": "nfflax.nn.activations",
+    "role_of": "nfflax.nn.roles",
+    "signals": "nfflax.insight.spp",
+}
+_SUBPACKAGES = ("insight", "nn", "spec", "weights")
+
+__version__ = "0.1.0"
+__all__ = sorted([*_MODULE_OF, "nn", "weights"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"nfflax.{name}")
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'nfflax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

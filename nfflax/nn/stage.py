@@ -1,0 +1,90 @@
+"""A stage: its transition block, then identical blocks with stacked parameters, run by `lax.scan`.
+
+One parameter layout serves every depth and every way to run it: `unroll` and remat change the
+program, never the parameters. Compile time does not grow with depth.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nfflax.nn.block import Block, BlockSignals
+from nfflax.nn.wsconv import CONV_OUTPUT
+from nfflax.spec.plan import BlockPlan
+from nfflax.spec.schema import Spec
+
+Remat = Literal["none", "block", "conv"]
+
+
+class Stage(nnx.Module):
+    """`first` is the transition block, `rest` the stack of the others (None where there are none)."""
+
+    def __init__(
+        self, plans: Sequence[BlockPlan], spec: Spec, *, unroll: int, remat: Remat, rngs: nnx.Rngs
+    ):
+        first, *rest = plans
+        self.first = Block(first, spec, rngs=rngs)
+        stack = nnx.vmap(lambda r: Block(rest[0], spec, rngs=r))
+        self.rest = stack(rngs.split(len(rest))) if rest else None
+        self.start = first.index
+        self.betas = tuple(p.beta for p in plans)
+        self.drop_rates = tuple(p.drop_rate for p in plans)
+        self.unroll, self.remat = unroll, remat
+
+    def __call__(
+        self,
+        x_NHWC: jax.Array,
+        *,
+        key: jax.Array | None = None,
+        train: bool = False,
+        with_signals: bool = False,
+    ) -> tuple[jax.Array, BlockSignals | None]:
+        """The stage's output, and the signals of its blocks, stacked."""
+        keys = None
+        if key is not None and any(self.drop_rates):
+            # By position in the network: the same draws however the blocks are run.
+            positions = jnp.arange(self.start, self.start + len(self.betas))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+
+        def run(x_NHWC: jax.Array, block: Block, beta, drop_rate, key):
+            y_NHWC, signals = block(
+                x_NHWC, beta, drop_rate=drop_rate, key=key, train=train, with_signals=with_signals
+            )
+            return y_NHWC, (signals, nnx.state(block, nnx.BatchStat))
+
+        run = rematerialized(run, self.remat)
+        head_key = None if keys is None else keys[0]
+        x_NHWC, (signals, statistics) = run(
+            x_NHWC, self.first, self.betas[0], self.drop_rates[0], head_key
+        )
+        nnx.update(self.first, statistics)
+        if self.rest is None:
+            return x_NHWC, signals and jax.tree.map(lambda s: s[None], signals)
+
+        varying = (
+            jnp.asarray(self.betas[1:], jnp.float32),
+            jnp.asarray(self.drop_rates[1:], jnp.float32),
+            None if keys is None else keys[1:],
+        )
+        x_NHWC, (stacked, statistics) = jax.lax.scan(
+            lambda x, each: run(x, *each), x_NHWC, (self.rest, *varying), unroll=self.unroll
+        )
+        nnx.update(self.rest, statistics)
+        if signals is None or stacked is None:
+            return x_NHWC, None
+        joined = jax.tree.map(lambda s, rest: jnp.concatenate([s[None], rest]), signals, stacked)
+        return x_NHWC, joined
+
+
+def rematerialized(run, remat: Remat):
+    """`run` with what it keeps for the backward pass: all, its inputs only, or convolution outputs."""
+    if remat == "none":
+        return run
+    policy = None
+    if remat == "conv":
+        policy = jax.checkpoint_policies.save_only_these_names(CONV_OUTPUT)
+    # Inside scan XLA cannot merge the recomputation with the original, so nothing need prevent it.
+    return jax.checkpoint(run, prevent_cse=False, policy=policy)

@@ -1,0 +1,162 @@
+"""Convolutions with Scaled Weight Standardisation (arXiv:2101.08692, section 4.2), and plain ones.
+
+Kernels are standardised per output unit in float32, whatever the compute dtype, then cast.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from nfflax.nn.conv import Padding, conv
+from nfflax.nn.init import ONES, ZEROS, Init, fan_in_normal
+from nfflax.nn.roles import kernel_role, param, vector_role
+
+EpsMode = Literal["floor", "add"]
+
+# Name under which outputs are saved when only convolution outputs are kept for the backward pass.
+CONV_OUTPUT = "nfflax_conv_output"
+
+
+def standardize(
+    w: jax.Array, gain: jax.Array, *, eps: float = 1e-4, eps_mode: EpsMode = "floor"
+) -> jax.Array:
+    """Kernel `w` (..., O) with zero mean and variance gain^2 / fan_in in every output unit.
+
+    "floor" is the official epsilon, a lower bound on var * fan_in; "add" is timm's, added to the
+    variance itself.
+    """
+    axes = tuple(range(w.ndim - 1))
+    fan_in = math.prod(w.shape[:-1])
+    mean = jnp.mean(w, axes)
+    var = jnp.var(w, axes)
+    if eps_mode == "floor":
+        scale = lax.rsqrt(jnp.maximum(var * fan_in, eps)) * gain
+    else:
+        scale = lax.rsqrt(var + eps) * (gain * fan_in**-0.5)
+    return w * scale - mean * scale
+
+
+class Conv(nnx.Module):
+    """Plain convolution without bias over one to three spatial axes, channels last.
+
+    Arguments follow `nnx.Conv`. The batch-normalised baselines use it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Sequence[int] = (3, 3),
+        strides: int | Sequence[int] = 1,
+        *,
+        padding: Padding = "same",
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        in_axis: str = "in",
+        out_axis: str = "out",
+        rngs: nnx.Rngs,
+    ):
+        shape = (*kernel_size, in_features // feature_group_count, out_features)
+        role = kernel_role(shape, in_axis, out_axis)
+        self.kernel = param(rngs, shape, fan_in_normal(shape), role)
+        self.strides, self.padding = _static(strides), padding
+        self.kernel_dilation = _static(kernel_dilation)
+        self.feature_group_count = feature_group_count
+
+    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+        return checkpoint_name(self._convolve(x_NHWC, self.kernel[...]), CONV_OUTPUT)
+
+    def _convolve(self, x_NHWC: jax.Array, w_HWIO: jax.Array) -> jax.Array:
+        return conv(
+            x_NHWC,
+            w_HWIO.astype(x_NHWC.dtype),
+            stride=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            groups=self.feature_group_count,
+        )
+
+
+class WSConv(Conv):
+    """Scaled weight-standardised convolution with gain and bias.
+
+    Arguments are those of Conv, and `gain_init`; `eps` and `eps_mode` as `standardize` has them;
+    `scale`, a constant that multiplies every kernel (timm's gamma).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Sequence[int] = (3, 3),
+        strides: int | Sequence[int] = 1,
+        *,
+        gain_init: Init = ONES,
+        eps: float = 1e-4,
+        eps_mode: EpsMode = "floor",
+        scale: float = 1.0,
+        out_axis: str = "out",
+        rngs: nnx.Rngs,
+        **geometry: Any,
+    ):
+        super().__init__(
+            in_features, out_features, kernel_size, strides, out_axis=out_axis, rngs=rngs, **geometry
+        )
+        self.gain = param(rngs, (out_features,), gain_init, vector_role(out_axis))
+        self.bias = param(rngs, (out_features,), ZEROS, vector_role(out_axis))
+        self.eps, self.eps_mode, self.scale = eps, eps_mode, scale
+
+    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+        gain_O = self.gain[...] * self.scale
+        w_HWIO = standardize(self.kernel[...], gain_O, eps=self.eps, eps_mode=self.eps_mode)
+        y_NHWC = self._convolve(x_NHWC, w_HWIO) + self.bias[...].astype(x_NHWC.dtype)
+        return checkpoint_name(y_NHWC, CONV_OUTPUT)
+
+
+class WSConvTranspose(nnx.Module):
+    """Scaled weight-standardised transposed convolution, for decoders. Output: input size * strides.
+
+    With stride s an output pixel sees 1 / prod(s) of the kernel, so the standardised kernel is
+    scaled by sqrt(prod(s)): on average the output keeps the input's variance.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Sequence[int] = (4, 4),
+        strides: int | Sequence[int] = 2,
+        *,
+        eps: float = 1e-4,
+        rngs: nnx.Rngs,
+    ):
+        shape = (*kernel_size, in_features, out_features)
+        self.kernel = param(rngs, shape, fan_in_normal(shape), kernel_role(shape))
+        self.gain = param(rngs, (out_features,), ONES, vector_role())
+        self.bias = param(rngs, (out_features,), ZEROS, vector_role())
+        per_axis = (strides,) * len(kernel_size) if isinstance(strides, int) else strides
+        self.strides = tuple(per_axis)
+        self.eps = eps
+
+    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+        gain_O = self.gain[...] * math.prod(self.strides) ** 0.5
+        w_HWIO = standardize(self.kernel[...], gain_O, eps=self.eps).astype(x_NHWC.dtype)
+        # Zeros between the pixels, then an ordinary convolution of the spread map.
+        spread = [(0, 0, 0), *((0, 0, s - 1) for s in self.strides), (0, 0, 0)]
+        x_NHWC = lax.pad(x_NHWC, jnp.zeros((), x_NHWC.dtype), spread)
+        pads = []
+        for k, s in zip(w_HWIO.shape[:-2], self.strides, strict=True):  # as jax.lax.conv_transpose
+            before = k - 1 if s > k - 1 else -(-(k + s - 2) // 2)
+            pads.append((before, k + s - 2 - before))
+        return conv(x_NHWC, w_HWIO, padding=pads) + self.bias[...].astype(x_NHWC.dtype)
+
+
+def _static(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    """A module attribute that hashes."""
+    return value if isinstance(value, int) else tuple(value)

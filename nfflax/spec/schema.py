@@ -1,0 +1,300 @@
+"""What a spec file may say: every table and key, with type, range, default and description.
+
+Tables are columnar, as papers print them: one entry per stage, or a scalar that holds for all.
+Defaults are the official NFNet numerics (arXiv:2102.06171). Rules that join several keys are in
+check.py; reading files is in load.py.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
+
+# Limits far beyond any network, so that a mistyped digit is an error and not an exhausted machine.
+MAX_STAGES, MAX_DEPTH, MAX_WIDTH, MAX_PIXELS = 16, 1000, 65_536, 16_384
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+# One value per stage (or per stem convolution): its table spreads a scalar over all of them.
+Column = Annotated[tuple[T, ...], BeforeValidator(_tuple)]
+# One value for all channels, or one for each.
+PerChannel = Annotated[tuple[float, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+
+Count = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+WidthOrNone = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
+Stride = Annotated[int, Field(ge=1, le=8)]
+Kernel = Literal[1, 3, 5, 7, 9, 11]
+Ratio = Annotated[float, Field(gt=0, le=64)]
+Pixels = Annotated[int, Field(ge=1, le=MAX_PIXELS)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+def spread(default: Any) -> Any:
+    """A column's default: one value for every entry."""
+    return Field(default=default, validate_default=False)
+
+
+class Table(BaseModel):
+    """A table of the file: immutable, no unknown keys, no silent conversions, no NaN."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_scalars(cls, data: Any) -> Any:
+        if not cls.columns or not isinstance(data, dict):
+            return data
+        defaults = {k: cls.model_fields[k].default for k in cls.columns if k not in data}
+        defaults = {k: v for k, v in defaults.items() if isinstance(v, int | float | str)}
+        length = column_length(data, cls.columns)
+        spread = {k: v for k, v in (defaults | data).items() if k in cls.columns}
+        return data | {
+            k: v if isinstance(v, list | tuple) else (v,) * length for k, v in spread.items()
+        }
+
+
+def column_length(data: dict[str, Any], columns: Sequence[str]) -> int:
+    """How many entries the columns have: those of the first one that is a list (1 without lists)."""
+    lists = [data[k] for k in columns if isinstance(data.get(k), list | tuple)]
+    return min(len(lists[0]), MAX_STAGES + 1) if lists else 1
+
+
+class Stem(Table):
+    """The convolutions before the first stage; activations stand between them, none after the last."""
+
+    columns: ClassVar = ("width", "kernel", "stride")
+
+    kind: Literal["conv"] = "conv"
+    """A chain of scaled weight-standardised convolutions."""
+    in_channels: Width = 3
+    """Channels of the input image."""
+    width: Column[Width] = Field(min_length=1, max_length=MAX_STAGES)
+    """Output channels of each stem convolution."""
+    kernel: Column[Kernel] = spread(3)
+    """Kernel size of each stem convolution."""
+    stride: Column[Stride] = spread(2)
+    """Stride of each stem convolution."""
+    pool: Literal["none", "max"] = "none"
+    """"max": a 3x3 max-pool with stride 2 after the last stem convolution (NF-ResNet)."""
+
+
+class Stages(Table):
+    """The body. Each stage is one transition block, then identical blocks."""
+
+    columns: ClassVar = (
+        "depth",
+        "width",
+        "stride",
+        "group_width",
+        "expansion",
+        "expansion_of",
+        "spatial_convs",
+        "kernel",
+    )
+
+    depth: Column[Count] = Field(min_length=1, max_length=MAX_STAGES)
+    """Blocks in each stage."""
+    width: Column[Width] = Field(min_length=1, max_length=MAX_STAGES)
+    """Output channels of each stage."""
+    stride: Column[Stride] = spread(2)
+    """Stride of each stage's first block."""
+    group_width: Column[WidthOrNone] = spread(128)
+    """Channels per group of the kxk convolutions; 0: one group, a dense convolution."""
+    fit_groups: Literal["exact", "down"] = "exact"
+    """When group_width does not divide the bottleneck: "exact" is an error, "down" drops the remainder (NF-RegNet)."""
+    expansion: Column[Ratio] = spread(0.5)
+    """Bottleneck width as a multiple of the width that expansion_of names."""
+    expansion_of: Column[Literal["out", "in"]] = spread("out")
+    """"out": of the block's output width. "in": of its input width (NF-RegNet)."""
+    first_expansion: Ratio | None = None
+    """Expansion of the network's very first block, where it differs (NF-RegNet: 1)."""
+    spatial_convs: Column[Literal[1, 2]] = spread(2)
+    """Number of kxk convolutions in the bottleneck."""
+    kernel: Column[Kernel] = spread(3)
+    """Kernel size of the bottleneck's kxk convolutions."""
+    shortcut: Literal["avgpool+1x1", "strided 1x1"] = "avgpool+1x1"
+    """How a transition block's shortcut changes resolution and width."""
+
+
+class Attention(Table):
+    """Channel attention on the residual branch."""
+
+    kind: Literal["none", "se", "eca"] = "none"
+    """Squeeze-and-excitation (arXiv:1709.01507), efficient channel attention (arXiv:1910.03151), or neither."""
+    ratio: Ratio = 0.5
+    """Hidden width of squeeze-and-excitation as a multiple of the channels it scales."""
+    gain: Annotated[float, Field(gt=0, le=100)] = 2.0
+    """Multiplies the sigmoid, so that attention starts near the identity."""
+    position: Literal["after", "inside"] = "after"
+    """"after" the last convolution (NFNet), or "inside", before it (NF-RegNet)."""
+
+
+class Block(Table):
+    """The residual recursion x + alpha * f(x * beta)."""
+
+    alpha: Annotated[float, Field(gt=0, le=10)] = 0.2
+    """Scale of every residual branch: a block adds alpha^2 to the signal's variance."""
+    skip_gain: Literal["zeros", "ones", "none"] = "zeros"
+    """Initial value of the learned scalar on the residual branch; "none": there is no such scalar."""
+    last_gain: Literal["ones", "zeros"] = "ones"
+    """Initial gain of the branch's last convolution ("zeros": timm, in place of a skip gain)."""
+
+
+class Head(Table):
+    """Final convolution, pooling, dropout and classifier."""
+
+    width_mult: Annotated[float, Field(ge=0, le=64)] = 0.0
+    """Width of the final 1x1 convolution as a multiple of the last stage's; 0: not given this way."""
+    width: WidthOrNone = 0
+    """Width of the final 1x1 convolution; 0: not given this way. With neither there is none."""
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    """Outputs of the classifier; 0: the network returns pooled features."""
+    dropout: Rate = 0.0
+    """Dropout rate on the pooled features."""
+    pool: Literal["avg", "max"] = "avg"
+    """Global pooling of the final map."""
+    init: Literal["normal", "zeros"] = "normal"
+    """Initial classifier weights: N(0, 0.01), or zeros (NF-RegNet)."""
+
+
+class Regularization(Table):
+    """Stochastic depth (arXiv:1603.09382), one draw per image and block."""
+
+    stochastic_depth: Rate = 0.0
+    """Nominal drop rate of the last block; block i of n gets a share of it."""
+    stochastic_depth_schedule: Literal["i/n", "i/(n-1)"] = "i/n"
+    """Block i's share: "i/n" never reaches the nominal rate (official), "i/(n-1)" does (timm)."""
+    scale_by_keep: bool = False
+    """Divide kept branches by their keep rate (timm); the official code does not."""
+
+
+class Numerics(Table):
+    """Where implementations differ. Defaults are the official ones."""
+
+    activation: str = "gelu"
+    """Name of the nonlinearity."""
+    gamma: Literal["activation", "conv", "none"] = "activation"
+    """Where the variance-restoring constant multiplies: the activation's output, every kernel (timm), or nowhere."""
+    padding: Literal["same", "symmetric"] = "same"
+    """"same": TensorFlow's, which depends on the input size. "symmetric": PyTorch's."""
+    ws_eps: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    """Epsilon of scaled weight standardisation."""
+    ws_eps_mode: Literal["floor", "add"] = "floor"
+    """"floor": rsqrt(max(var * fan_in, eps)). "add": rsqrt(var + eps) / sqrt(fan_in) (timm)."""
+    round_width: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Derived widths become multiples of this (timm: 8); 1: their integer part."""
+
+
+class Norm(Table):
+    """Batch normalisation, for the papers' baselines."""
+
+    kind: Literal["none", "batch"] = "none"
+    """"batch": plain convolutions and a BatchNorm before every activation, in place of scaled weight standardisation."""
+    momentum: Rate = 0.9
+    """Decay of the running statistics."""
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    """Added to the batch variance."""
+
+
+class Resolution(Table):
+    """Side of the square input, in pixels."""
+
+    train: Pixels = 224
+    """While training."""
+    test: Pixels = 224
+    """At test time, often larger (arXiv:1906.06423)."""
+
+
+class Preprocess(Table):
+    """What inference does to an image before the network sees it."""
+
+    mean: PerChannel = (0.485, 0.456, 0.406)
+    """Subtracted from pixels in [0, 1], per channel."""
+    std: Annotated[PerChannel, Field(min_length=1)] = (0.229, 0.224, 0.225)
+    """Divides the result, per channel."""
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    """Resampling filter."""
+    crop: Literal["squash", "center"] = "squash"
+    """"squash": resize both sides to the target. "center": resize the short side. Then the centre is cut."""
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Resize target: resolution / crop_fraction + crop_margin."""
+    crop_margin: Annotated[int, Field(ge=0, le=4096)] = 32
+    """Pixels added to the resize target (official nets: 32)."""
+
+
+class Title(Table):
+    """What stands above the tables."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)
+    """What the variant is called."""
+    summary: str = Field(default="", max_length=1000)
+    """One line on what it is and where its numbers come from."""
+
+
+class Spec(Title):
+    """One network, fully resolved: nothing inherited, every scalar spread. Immutable and hashable."""
+
+    stem: Stem
+    stages: Stages
+    attention: Attention = Attention()
+    block: Block = Block()
+    head: Head = Head()
+    regularization: Regularization = Regularization()
+    numerics: Numerics = Numerics()
+    norm: Norm = Norm()
+    resolution: Resolution = Resolution()
+    preprocess: Preprocess = Preprocess()
+
+    @model_validator(mode="after")
+    def _joint_rules(self) -> "Spec":
+        from nfflax.spec.check import problems_between  # check.py reads the tables defined here
+
+        found = problems_between({k: getattr(self, k) for k in type(self).model_fields})
+        if found:
+            raise ValueError("; ".join(f"{key}: {message}" for key, message, *_ in found))
+        return self
+
+
+def file_schema() -> dict[str, Any]:
+    """The JSON Schema of a spec file (editors complete from it): a Spec whose keys may be inherited."""
+    schema = Spec.model_json_schema()
+    tables = [schema, *schema["$defs"].values()]
+    for table in tables:
+        table.pop("required", None)  # `extends` may supply any key
+        for key in (k for k in table["properties"] if k in _columns_of(table.get("title", ""))):
+            column = table["properties"][key]
+            scalar = dict(column.get("items", {}))
+            described = {k: column.pop(k) for k in ("description", "title") if k in column}
+            default = {"default": column.pop("default")} if "default" in column else {}
+            table["properties"][key] = described | default | {"anyOf": [scalar, column]}
+    schema["title"] = "nfflax model spec"
+    schema["properties"] = {
+        "$schema": {"type": "string", "description": "Address of this schema, for editors."},
+        "extends": {
+            "type": "string",
+            "description": "A preset, a family, or a path relative to this file: tables merge, lists replace.",
+        },
+    } | schema["properties"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
+
+
+def _columns_of(table: str) -> tuple[str, ...]:
+    return {t.__name__: t.columns for t in (Stem, Stages)}.get(table, ())

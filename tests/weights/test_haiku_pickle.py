@@ -1,0 +1,417 @@
+"""Weight pickles of every age come out equal, and whatever else a file holds is a WeightsError.
+
+tests/golden/haiku_pickles/ holds one small tree, written by dill.dump (_pickle_: pickle.dump) of
+
+    2021_released_format  dm-haiku 0.0.3 (FlatMapping), dill 0.3.3, numpy 1.16.6, Python 3.7
+    2021_protocol4        the same with numpy 1.19.5, Python 3.8
+    2020_frozendict       the first, with Haiku's mapping of before August 2020
+    2023_*                dm-haiku 0.0.10, jax 0.4.13, dill 0.3.6, numpy 1.24.4
+    2026_*                dm-haiku 0.0.17, jax 0.10.2, dill 0.4.1, numpy 2.4.6
+
+The first format is the released one: a tree of F0's names and shapes in it takes 285,976,842 bytes,
+as F0_haiku.npz does (deepmind-research, nfnet_demo_colab.ipynb). No jaxlib of that age can be had,
+so a class in its place pickles as numpy's array, like jax 0.2.9's (jax/interpreters/xla.py).
+"""
+
+import copyreg
+import io
+import os
+import pickle
+import struct
+import tracemalloc
+from collections import OrderedDict
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nfflax.weights.errors import WeightsError
+from nfflax.weights.haiku_pickle import read_haiku_pickle
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "haiku_pickles").glob("*.pkl"))
+BYTES = {path.stem: path.read_bytes() for path in GOLDEN}
+NOTHING_RAN = "nothing in the file was executed"
+
+TREE = {
+    "NFNet/~/stem_conv0": {
+        "w": np.arange(12, dtype=np.float32).reshape(1, 1, 3, 4) / 8,
+        "b": np.array([0.5, -1.5, 2.0, 0.0], np.float32),
+        "gain": np.ones(4, np.float32),
+    },
+    "NFNet/~/nf_block": {"skip_gain": np.array(0.25, np.float32)},
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read_bytes(content: bytes):
+        path = tmp_path / "F0_haiku.npz"
+        path.write_bytes(content)
+        return read_haiku_pickle(path)
+
+    return read_bytes
+
+
+@pytest.fixture
+def refuse(read):
+    def refused(content: bytes) -> str:
+        with pytest.raises(WeightsError) as caught:
+            read(content)
+        assert caught.value.source.endswith("F0_haiku.npz")
+        return str(caught.value)
+
+    return refused
+
+
+def assert_same(tree, expected):
+    assert type(tree) is dict
+    assert {module: list(inner) for module, inner in tree.items()} == {
+        module: list(inner) for module, inner in expected.items()
+    }
+    for module, parameters in expected.items():
+        assert type(tree[module]) is dict
+        for name, array in parameters.items():
+            found = tree[module][name]
+            assert type(found) is np.ndarray
+            assert (found.dtype, found.shape) == (array.dtype, array.shape)
+            assert found.tobytes() == array.tobytes()
+            assert not found.flags.writeable
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def program(*operations: bytes) -> bytes:
+    return b"\x80\x04" + b"".join(operations) + b"."
+
+
+class Calls:
+    """Pickles as a call, the way hostile files are made."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+# What is read
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in BYTES if n not in ("2026_dict_bfloat16", "2026_scalars")]
+)
+def test_golden_files_come_out_equal(read, name):
+    assert_same(read(BYTES[name]), TREE)
+
+
+def test_bfloat16(read):
+    expected = {
+        module: {name: array.astype(ml_dtypes.bfloat16) for name, array in parameters.items()}
+        for module, parameters in TREE.items()
+    }
+    assert_same(read(BYTES["2026_dict_bfloat16"]), expected)
+
+
+def test_numpy_scalars_become_arrays(read):
+    expected = {"NFNet/~/nf_block": {"skip_gain": np.array(0.25, np.float32)}}
+    assert_same(read(BYTES["2026_scalars"]), expected)
+
+
+def test_jax_arrays_of_2022(read):
+    """Between jax 0.2.27 and 0.4 the same wrapper had another name (jax/_src/device_array.py)."""
+    today = BYTES["2026_flatmapping_jax_protocol3"]
+    wrapper = b"jax._src.array\n_reconstruct_array\n"
+    assert wrapper in today
+    old = today.replace(wrapper, b"jax._src.device_array\nreconstruct_device_array\n")
+    assert_same(read(old), TREE)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", ["?", "i1", "u2", "<f2", ">f4", "f8", "c8"])
+def test_all_numbers_by_all_protocols(read, dtype, protocol):
+    array = np.arange(-2, 4).astype(dtype).reshape(2, 3)
+    tree = OrderedDict(m=OrderedDict(c=array, f=np.asfortranarray(array), empty=array[:0].copy()))
+    if protocol == 2:
+        del tree["m"]["empty"]  # which it writes as a call of bytes
+    assert_same(read(pickle.dumps(tree, protocol)), tree)
+
+
+def test_shared_arrays_and_bytes_after_the_end(read):
+    array = np.arange(3.0)
+    tree = {"a": {"w": array}, "b": {"w": array}}
+    assert_same(read(pickle.dumps(tree) + b"more"), tree)
+
+
+# What a file may not ask for
+
+
+def test_nothing_is_executed(refuse, tmp_path):
+    made = tmp_path / "made"
+    content = pickle.dumps({"m": {"w": Calls(os.mkdir, str(made))}})
+    message = refuse(content)
+    assert f"'{os.mkdir.__module__}.mkdir' is refused, and {NOTHING_RAN}" in message
+    assert not made.exists()
+    pickle.loads(content)  # as the file itself would have it
+    assert made.is_dir()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "builtins.eval",
+        "builtins.getattr",
+        "__builtin__.eval",
+        "operator.attrgetter",
+        "functools.partial",
+        "copyreg._reconstructor",
+        "numpy.load",
+        "numpy.ndarray.tofile",
+        "numpy.core.multiarray.fromfile",
+        "dill._dill._create_type",
+        "dill._dill._eval_repr",
+        "haiku._src.data_structures.to_dict",
+        "jax.numpy.array",
+        "nfflax.weights.haiku_pickle.read_haiku_pickle",
+    ],
+)
+def test_unlisted_names(refuse, name):
+    module, _, function = name.rpartition(".")
+    by_line = f"{module}\n{function}\n".encode()
+    by_stack = text(module) + text(function) + b"\x93"
+    looked_up = text(module) + b"\x85R" + text(function) + b"\x86R"
+    for content in [
+        program(b"c", by_line, text("x"), b"\x85R"),
+        program(by_stack, text("x"), b"\x85R"),
+        program(by_stack, b")\x81"),  # NEWOBJ
+        program(by_stack, b")}\x92"),  # NEWOBJ_EX
+        program(b"(i", by_line),  # INST
+        program(b"(", by_stack, b"o"),  # OBJ
+        program(b"cdill._dill\n_get_attr\ncdill._dill\n_import_module\n", looked_up),
+    ]:
+        assert f"'{name}' is refused, and {NOTHING_RAN}" in refuse(content)
+
+
+@pytest.mark.parametrize(
+    ("operations", "problem"),
+    [
+        (b"Ppid\n", "Pickle opcode PERSID is refused"),
+        (b"NQ", "Pickle opcode BINPERSID is refused"),
+        (b"\x82\x01", "Pickle opcode EXT1 is refused"),
+        (b"\x83\x01\x00", "Pickle opcode EXT2 is refused"),
+        (b"\x84\x01\x00\x00\x00", "Pickle opcode EXT4 is refused"),
+        (b"cnumpy\nndarray\nK\x03\x85R", "A call of numpy.ndarray is refused"),
+        (b"cnumpy\nndarray\n}b", "Setting attributes of numpy.ndarray is refused"),
+        (b"cnumpy\ndtype\nN}\x86b", "Setting attributes of numpy.dtype is refused"),
+        (b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R", "to 'rot13' is"),
+        (b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R", "to 'utf-8' is"),
+        (b"Nr\xff\xff\xff\x0f", "Memo index 268435455, out of order, is refused"),
+        (b"Np268435455\n", "Memo index 268435455, out of order, is refused"),
+    ],
+)
+def test_refused_operations(refuse, operations, problem):
+    message = refuse(program(operations))
+    assert problem in message
+    assert NOTHING_RAN in message
+
+
+def test_registered_extension_codes_are_no_way_in(refuse):
+    copyreg.add_extension("collections", "OrderedDict", 240)
+    try:
+        assert "EXT1 is refused" in refuse(pickle.dumps(OrderedDict))
+    finally:
+        copyreg.remove_extension("collections", "OrderedDict", 240)
+
+
+def test_attributes_of_stand_ins_are_not_given(refuse):
+    reached = b"cdill._dill\n_get_attr\ncnumpy\nndarray\n" + text("__subclasses__") + b"\x86R"
+    assert "nothing in it was executed" in refuse(program(reached))
+
+
+@pytest.mark.parametrize(
+    ("array", "code"),
+    [
+        (np.array([None, 1], object), "O8"),
+        (np.array(["text"]), "U4"),
+        (np.array([b"bytes"]), "S5"),
+        (np.zeros(2, "M8[s]"), "M8"),
+        (np.zeros(2, [("x", "f4"), ("y", "f4")]), "V8"),
+    ],
+)
+def test_arrays_of_no_numbers(refuse, array, code):
+    message = refuse(pickle.dumps({"m": {"w": array}}))
+    assert f"Array type '{code}', which is no number, is refused, and {NOTHING_RAN}" in message
+
+
+# What is no such file
+
+
+def test_file_that_is_not_there(tmp_path):
+    with pytest.raises(WeightsError, match=r"F7_haiku\.npz: 1 problem\n.*No such file"):
+        read_haiku_pickle(tmp_path / "F7_haiku.npz")
+    with pytest.raises(WeightsError, match=r"directory|denied"):
+        read_haiku_pickle(str(tmp_path))
+
+
+def npz() -> bytes:
+    archive = io.BytesIO()
+    np.savez(archive, w=np.ones(3))
+    return archive.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "empty. Download it again"),
+        (npz(), r"true .npz (a zip archive), as DeepMind's are not. Use numpy.load"),
+        (b"\n<!DOCTYPE html><html><body>Sign in", "web page or an error message. Download"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>NoSuchKey", "web page or an error"),
+        (struct.pack("<Q", 640) + b'{"w":{"dtype":"F32"', "safetensors file. Use the safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1", "no pickle of protocol 2 to 5"),
+        (b"cos\nsystem\n(S'true'\ntR.", "no pickle of protocol 2 to 5"),
+        (b"\x80\x06N.", "no pickle of protocol 2 to 5"),
+    ],
+)
+def test_other_kinds_of_file(refuse, content, problem):
+    assert problem in refuse(content)
+
+
+@pytest.mark.parametrize("name", ["2021_released_format", "2026_pickle_protocol5"])
+def test_truncation_anywhere(refuse, name):
+    for length in range(2, len(BYTES[name])):
+        assert "incomplete or damaged" in refuse(BYTES[name][:length])
+
+
+ARRAY = np.ones(2, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tree", "problems"),
+    [
+        ([ARRAY], ["holds (list)"]),
+        (ARRAY, ["holds (_Array)"]),
+        ({"m": ARRAY}, ["'m': (NoneType): (_Array)"]),
+        ({1: {"w": ARRAY}}, ["(int): 'w': (_Array)"]),
+        ({"m": {("w",): ARRAY}}, ["'m': (tuple): (_Array)"]),
+        ({"m": {"w": {"x": ARRAY}}}, ["'m': 'w': (dict)"]),
+        ({"m": {"w": 1.0, "b": ARRAY}, "n": {"w": None}}, ["'m': 'w': (float)", "'n': 'w': (None"]),
+    ],
+)
+def test_trees_of_another_form(refuse, tree, problems):
+    message = refuse(pickle.dumps(tree))
+    assert f"{len(problems)} problem" in message
+    for problem in problems:
+        assert problem in message
+
+
+# What would fill the memory
+
+
+@pytest.mark.parametrize("shape", [(2**31,), (2**20, 2**20), (2**62, 2**62), (2**70,), (-1,), (1,)])
+def test_shapes_that_the_bytes_do_not_fill(refuse, shape):
+    class Array:
+        def __reduce__(self):
+            state = (1, shape, np.dtype("f4"), False, b"\0" * 8)
+            return *np.ones(2).__reduce__()[:2], state  # type: ignore[misc]
+
+    tracemalloc.start()
+    try:
+        assert "incomplete or damaged" in refuse(pickle.dumps({"m": {"w": Array()}}))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def nested(value: bytes) -> bytes:
+    """A tuple whose text would have 2**60 times the length of its value's."""
+    return value + b"2\x86" * 60
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        b"\x8e" + struct.pack("<Q", 2**40) + b"few",  # BINBYTES8
+        b"\x96" + struct.pack("<Q", 2**62) + b"few",  # BYTEARRAY8
+        b"\x95" + struct.pack("<Q", 2**62) + b"N",  # FRAME
+        nested(b"N"),
+        b"}" + text("m") + nested(b"N") + b"s",
+        b"cnumpy\ndtype\n" + nested(b"N") + b"\x85R",
+        b"cdill._dill\n_create_array\nNN(K\x01" + nested(b"N") + b"N\x89C\x00t\x87R",
+        b"cdill._dill\n_get_attr\n" + nested(b"N") + text("x") + b"\x86R",
+    ],
+)
+def test_small_files_that_declare_much(refuse, operations):
+    assert refuse(program(operations))
+
+
+def test_one_text_encoded_many_times(refuse):
+    """The bytes of protocol 2: 2,000 calls on 100 kB would hold 200 MB."""
+    encode = b"c_codecs\nencode\nq\x00" + text("x" * 100_000) + b"q\x01" + text("latin1") + b"q\x02"
+    calls = b"h\x00h\x01h\x02\x86R" * 2_000
+    tracemalloc.start()
+    try:
+        assert refuse(program(encode, calls))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+# What chance makes of a file
+
+
+@st.composite
+def mutated(draw) -> bytes:
+    content = bytearray(draw(st.sampled_from(list(BYTES.values()))))
+    for _ in range(draw(st.integers(1, 6))):
+        at = draw(st.integers(2, len(content) - 1))
+        match draw(st.sampled_from(["set", "cut", "insert", "copy"])):
+            case "set":
+                content[at] = draw(st.integers(0, 255))
+            case "cut":
+                del content[at : at + draw(st.integers(1, 8))]
+            case "insert":
+                content[at:at] = draw(st.binary(min_size=1, max_size=8))
+            case "copy":
+                start = draw(st.integers(2, len(content) - 1))
+                content[at:at] = content[start : start + draw(st.integers(1, 60))]
+        if len(content) < 8:
+            break
+    return bytes(content)
+
+
+@settings(max_examples=1000)
+@given(content=mutated())
+def test_mutated_files_are_valid_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "mutated.npz"
+    path.write_bytes(content)
+    try:
+        tree = read_haiku_pickle(path)
+    except WeightsError:
+        return
+    for module, parameters in tree.items():
+        assert isinstance(module, str)
+        for name, array in parameters.items():
+            assert isinstance(name, str)
+            assert type(array) is np.ndarray
+            assert array.dtype.kind in "biufcV"
+            array.tobytes()
+
+
+# How it is said
+
+
+def test_message_lists_problems_up_to_forty():
+    one = WeightsError("F0.npz", ["bad w"])
+    assert str(one) == "F0.npz: 1 problem\n  - bad w"
+    many = WeightsError("F0.npz", [f"bad {n}" for n in range(43)])
+    lines = str(many).splitlines()
+    assert lines[0] == "F0.npz: 43 problems"
+    assert lines[1:41] == [f"  - bad {n}" for n in range(40)]
+    assert lines[41:] == ["  and 3 more"]
+    assert (many.source, len(many.problems)) == ("F0.npz", 43)
+    assert str(pickle.loads(pickle.dumps(many))) == str(many)
