@@ -1,4 +1,7 @@
-"""Signal propagation: three curves over depth that show whether a network is sound (arXiv:2101.08692)."""
+"""Signal propagation: three curves over depth that show whether a network is sound.
+
+The plots are those of arXiv:2101.08692, section 3.
+"""
 
 import jax
 from flax import nnx
@@ -10,8 +13,9 @@ def signals(model: NFNet, x_NHWC: jax.Array) -> dict[str, jax.Array]:
     """Signal statistics of an eval pass, as arrays over depth.
 
     `avg_sq_mean` and `avg_var` (blocks + 1 entries, the stem first): over channels, the average
-    squared mean and the average variance of each block's output. `res_avg_var` (one per block): the
-    average variance at the end of the residual branch, before stochastic depth, skip gain and alpha.
+    squared mean and the average variance of each block's output. `res_avg_var` (one per block):
+    the average variance at the end of the residual branch, before stochastic depth, skip gain
+    and alpha.
     """
     return _signals(model, x_NHWC)
 

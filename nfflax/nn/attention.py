@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfflax.nn.conv import conv
 from nfflax.nn.init import ZEROS, Init
 from nfflax.nn.roles import Role, kernel_role, param, vector_role
 
@@ -26,7 +25,11 @@ class SqueezeExcite(nnx.Module):
 
 
 class EfficientChannelAttention(nnx.Module):
-    """ECA (arXiv:1910.03151): a 1-D convolution over the pooled channels, sigmoid."""
+    """ECA (arXiv:1910.03151): a 1-D convolution over the pooled channels, sigmoid.
+
+    Written as a sum of shifted channels. As a convolution its spatial axis would be the channels,
+    and XLA partitions a convolution wrongly where that axis is sharded (see conv.py).
+    """
 
     def __init__(self, kernel_size: int, *, rngs: nnx.Rngs):
         # PyTorch's default for a Conv1d, which timm leaves in place.
@@ -36,8 +39,11 @@ class EfficientChannelAttention(nnx.Module):
 
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
         pooled_NC = jnp.mean(x_NHWC, axis=(1, 2))
-        w_WIO = self.kernel[...].astype(x_NHWC.dtype)[:, None, None]
-        gate_NC = jax.nn.sigmoid(conv(pooled_NC[..., None], w_WIO)[..., 0])
+        w_K = self.kernel[...].astype(x_NHWC.dtype)
+        size, channels = len(w_K), pooled_NC.shape[-1]
+        padded_NC = jnp.pad(pooled_NC, ((0, 0), (size // 2, size // 2)))
+        shifted_KNC = [padded_NC[:, k : k + channels] for k in range(size)]
+        gate_NC = jax.nn.sigmoid(sum(w_K[k] * shifted_KNC[k] for k in range(size)))
         return gate_NC[:, None, None, :]
 
 

@@ -166,7 +166,7 @@ class Block(nnx.Module):
         train: bool = False,
         with_signals: bool = False,
     ) -> tuple[jax.Array, BlockSignals | None]:
-        """The block's output, and its signal statistics when asked for. No key: nothing is dropped."""
+        """The block's output, and its signals when asked for. Without a key nothing is dropped."""
         h_NHWC = self.act0(x_NHWC, train) * jnp.asarray(beta, x_NHWC.dtype)
         shortcut_NHWC = self._shortcut(x_NHWC, h_NHWC)
         h_NHWC = self.conv0(h_NHWC)
@@ -202,7 +202,7 @@ class Block(nnx.Module):
 def drop_branch(
     x_NHWC: jax.Array, rate: float | jax.Array, key: jax.Array, *, scale_by_keep: bool
 ) -> jax.Array:
-    """Stochastic depth (arXiv:1603.09382): one draw per image; kept images are not rescaled unless asked."""
+    """Stochastic depth (arXiv:1603.09382), one draw per image."""
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
     mask_N111 = jax.random.bernoulli(key, keep, (x_NHWC.shape[0], 1, 1, 1)).astype(x_NHWC.dtype)
     if scale_by_keep:
@@ -212,9 +212,7 @@ def drop_branch(
 
 def average_pool(x_NHWC: jax.Array, window: int, stride: int) -> jax.Array:
     """Mean over the valid pixels of each window (TensorFlow's SAME, PyTorch's ceil_mode)."""
-    pads = resolve_padding(
-        "same", x_NHWC.shape[1:3], (window, window), (stride, stride), (1, 1)
-    )
+    pads = resolve_padding("same", x_NHWC.shape[1:3], (window, window), (stride, stride), (1, 1))
     height, width = x_NHWC.shape[1:3]
     if stride == window and height % stride == 0 and width % stride == 0:
         n, h, w, c = x_NHWC.shape  # whole windows: a plain mean, far faster than a window reduction

@@ -1,10 +1,12 @@
 """The one place where convolutions become XLA operations, by platform.
 
-Three facts rule it (measurements: benchmarks/conv_lowering.py):
+Four facts rule it (measurements: benchmarks/conv_lowering.py):
 
 - XLA's automatic partitioner gives wrong weight gradients for grouped convolutions when the batch
-  is sharded over some mesh axes only (jax 0.10 to 0.12, CPU; openxla/xla#47945 is its sibling). So a
-  grouped convolution never reaches it: groups are dense convolutions, or stand inside `shard_map`.
+  is sharded over some mesh axes only (jax 0.10 to 0.12 on CPU; openxla/xla#47945 is its sibling).
+  So a grouped convolution never reaches it: groups are dense convolutions, or in `shard_map`.
+- It gives wrong weight gradients for any convolution whose map is split in space in the same way.
+  On a mesh with an axis that may do so, a convolution is a sum of matrix products.
 - On CPU the gradient of a grouped convolution is 20 times slower than that of dense ones.
 - On CPU XLA recognises a convolution as fast only when its operands are laid out NHWC x HWIO, and
   reorders others only outside loops. The gradients autodiff writes are others: inside a scanned
@@ -15,8 +17,9 @@ For a Hessian-vector product take the gradient of a gradient.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -27,13 +30,14 @@ from jax.sharding import AxisType, PartitionSpec
 Padding = Literal["same", "symmetric"] | Sequence[tuple[int, int]]
 Pads = tuple[tuple[int, int], ...]
 Ints = tuple[int, ...]
+Dense = Callable[[jax.Array, jax.Array], jax.Array]
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that split the batch
 GROUP_AXIS = "tensor"  # mesh axis that splits the groups of a grouped convolution
 
 # Narrow groups are computed several at a time, as one dense convolution with a block-diagonal
-# kernel at least this wide: the extra products cost less than many tiny convolutions.
-_CPU_BUNDLE_WIDTH = 32
+# kernel about this wide: the extra products cost less than many tiny convolutions.
+_BUNDLE_WIDTH = 32
 
 
 def conv(
@@ -56,17 +60,11 @@ def conv(
         raise ValueError(
             f"{x.shape[-1]} channels, a kernel of shape {w.shape} and {groups} groups do not fit"
         )
-    fast = functools.partial(
-        _pointwise_cpu if _is_pointwise(w, pads) else _bundled_cpu,
-        strides=strides,
-        pads=pads,
-        dilations=dilations,
-        groups=groups,
-    )
-    general = functools.partial(
-        _general, strides=strides, pads=pads, dilations=dilations, groups=groups
-    )
-    return lax.platform_dependent(x, w, cpu=fast, default=general)
+    how = {"strides": strides, "pads": pads, "dilations": dilations, "groups": groups}
+    if _may_split_space():
+        return _by_taps(x, w, **how)
+    fast = functools.partial(_pointwise_cpu if _is_pointwise(w, pads) else _bundled_cpu, **how)
+    return lax.platform_dependent(x, w, cpu=fast, default=functools.partial(_general, **how))
 
 
 def resolve_padding(
@@ -119,41 +117,61 @@ def _general(
     native = functools.partial(_native, strides=strides, pads=pads, dilations=dilations)
     if groups == 1:
         return native(x, w)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty and jax.device_count() == 1:
-        return native(x, w, groups=groups)
-    layout = None if mesh.empty else _manual_layout(mesh, x.shape, groups)
-    if layout is None:  # unknown or unsupported sharding: dense convolutions partition correctly
-        return _bundled(x, w, groups, 1, native)
-    batch, group_axis, shards = layout
-    local = functools.partial(native, groups=groups // shards)
+    free = _automatic_axes()
+    has_mesh = bool(jax.sharding.get_abstract_mesh().axis_names)
+    if not free and (has_mesh or jax.device_count() == 1):
+        return native(x, w, groups=groups)  # one device, or inside a shard_map over the whole mesh
+    batch = tuple(name for name in BATCH_AXES if name in free)
+    if not free or x.shape[0] % math.prod(free[name] for name in batch):
+        return _bundled(x, w, groups, native)  # sharding unknown: dense convolutions are safe
+    splits = GROUP_AXIS in free and groups % free[GROUP_AXIS] == 0
+    group_axis, shards = (GROUP_AXIS, free[GROUP_AXIS]) if splits else (None, 1)
     x_spec = PartitionSpec(batch, *(None,) * (x.ndim - 2), group_axis)
     w_spec = PartitionSpec(*(None,) * (w.ndim - 1), group_axis)
-    return jax.shard_map(local, in_specs=(x_spec, w_spec), out_specs=x_spec)(x, w)
+    local = functools.partial(native, groups=groups // shards)
+    manual = jax.shard_map(
+        local, in_specs=(x_spec, w_spec), out_specs=x_spec, axis_names=frozenset(free)
+    )
+    return manual(x, w)
 
 
-def _manual_layout(
-    mesh: jax.sharding.AbstractMesh, x_shape: Sequence[int], groups: int
-) -> tuple[Ints, str | None, int] | None:
-    """(batch axes, axis of the groups, its size) of a grouped convolution under `shard_map`.
-
-    None where that would be wrong or wasteful: axes with other names, a split height, a batch that
-    does not divide.
-    """
-    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if AxisType.Explicit in types.values():
+def _automatic_axes() -> dict[str, int]:
+    """Axes of the ambient mesh that the partitioner still decides about, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in mesh.axis_types:
         raise ValueError("nfflax needs a mesh of AxisType.Auto axes; this one has Explicit axes")
-    free = {name: n for name, n in sizes.items() if types[name] == AxisType.Auto}
-    if any(n > 1 for name, n in free.items() if name not in (*BATCH_AXES, GROUP_AXIS)):
-        return None
-    batch = tuple(name for name in BATCH_AXES if name in free)
-    if x_shape[0] % math.prod(free[name] for name in batch):
-        return None
-    shards = free.get(GROUP_AXIS, 1)
-    if groups % shards:
-        return batch, None, 1
-    return batch, GROUP_AXIS if GROUP_AXIS in free else None, shards
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in axes if kind == AxisType.Auto}
+
+
+# --- maps split in space ----------------------------------------------------------------------
+
+
+def _may_split_space() -> bool:
+    """Whether the mesh has axes that are known to split neither the batch nor the channels."""
+    known = (*BATCH_AXES, GROUP_AXIS)
+    return any(size > 1 for name, size in _automatic_axes().items() if name not in known)
+
+
+def _by_taps(
+    x: jax.Array, w: jax.Array, *, strides: Ints, pads: Pads, dilations: Ints, groups: int
+) -> jax.Array:
+    """A convolution as one matrix product per kernel position, which XLA partitions correctly."""
+    rank = x.ndim - 2
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)])
+
+    def dense(x: jax.Array, w: jax.Array) -> jax.Array:
+        reach = [(k - 1) * d for k, d in zip(w.shape[:rank], dilations, strict=True)]
+        spans = [n - r for n, r in zip(x.shape[1:-1], reach, strict=True)]
+        taps = []
+        for tap in itertools.product(*map(range, w.shape[:rank])):
+            starts = [t * d for t, d in zip(tap, dilations, strict=True)]
+            windows = zip(starts, spans, strides, strict=True)
+            shifted = x[(slice(None), *(slice(a, a + n, s) for a, n, s in windows))]
+            taps.append(shifted @ w[tap])
+        return functools.reduce(jnp.add, taps)
+
+    return _bundled(x, w, groups, dense)
 
 
 # --- CPU -------------------------------------------------------------------------------------
@@ -170,7 +188,7 @@ def _pointwise_cpu(
     del pads, dilations
     x = x[(slice(None), *(slice(None, None, s) for s in strides))]
     w = w.reshape(w.shape[-2:])
-    return _bundled(x, w, groups, _bundle(x, groups), lambda x, w: x @ w)
+    return _bundled(x, w, groups, lambda x, w: x @ w)
 
 
 def _bundled_cpu(
@@ -179,19 +197,15 @@ def _bundled_cpu(
     def dense(x: jax.Array, w: jax.Array) -> jax.Array:
         return _dense_cpu(x, w, strides, pads, dilations)
 
-    return _bundled(x, w, groups, _bundle(x, groups), dense)
+    return _bundled(x, w, groups, dense)
 
 
-def _bundle(x: jax.Array, groups: int) -> int:
-    """How many groups one dense convolution covers."""
-    return max(1, _CPU_BUNDLE_WIDTH * groups // x.shape[-1])
-
-
-def _bundled(x: jax.Array, w: jax.Array, groups: int, bundle: int, dense) -> jax.Array:
-    """A grouped convolution as dense ones over `bundle` groups each."""
+def _bundled(x: jax.Array, w: jax.Array, groups: int, dense: Dense) -> jax.Array:
+    """A grouped convolution as dense ones, over several groups each where those are narrow."""
     if groups == 1:
         return dense(x, w)
     inputs, outputs = x.shape[-1] // groups, w.shape[-1] // groups
+    bundle = max(1, _BUNDLE_WIDTH // inputs)
     parts = []
     for first in range(0, groups, bundle):
         count = min(bundle, groups - first)
@@ -213,7 +227,7 @@ def _block_diagonal(w: jax.Array, groups: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _dense_cpu(x: jax.Array, w: jax.Array, strides: Ints, pads: Pads, dilations: Ints):
-    return _native(x, w, strides=strides, pads=pads, dilations=dilations)
+    return _padded(x, w, pads, strides=strides, dilations=dilations)
 
 
 def _dense_cpu_forward(x: jax.Array, w: jax.Array, strides: Ints, pads: Pads, dilations: Ints):
@@ -231,25 +245,31 @@ def _dense_cpu_backward(strides: Ints, pads: Pads, dilations: Ints, saved, dy: j
     reach = [(k - 1) * d for k, d in zip(window, dilations, strict=True)]
 
     before = [r - p[0] for r, p in zip(reach, pads, strict=True)]
-    dx_pads = tuple(
+    dx_pads = [
         (b, n + r - m - b) for n, r, m, b in zip(space, reach, dy.shape[1:-1], before, strict=True)
-    )
+    ]
     mirrored = jnp.flip(w, tuple(range(rank))).swapaxes(-1, -2)
-    dx = _native(dy, mirrored, strides=ones, pads=dx_pads, dilations=dilations)
+    dx = _padded(dy, mirrored, dx_pads, strides=ones, dilations=dilations)
 
     # The weight gradient correlates x with dy over the batch, which plays the channels.
-    dw_pads = tuple(
+    dw_pads = [
         (p[0], r + m - n - p[0])
         for n, r, m, p in zip(space, reach, dy.shape[1:-1], pads, strict=True)
-    )
-    dw = _native(
-        x.swapaxes(0, -1),
-        jnp.moveaxis(dy, 0, -2),
-        strides=dilations,
-        pads=dw_pads,
-        dilations=ones,
-    )
+    ]
+    images, kernels = x.swapaxes(0, -1), jnp.moveaxis(dy, 0, -2)
+    dw = _padded(images, kernels, dw_pads, strides=dilations, dilations=ones)
     return dx, jnp.moveaxis(dw, 0, -2)
+
+
+def _padded(
+    x: jax.Array, w: jax.Array, pads: Sequence[tuple[int, int]], *, strides: Ints, dilations: Ints
+) -> jax.Array:
+    """A convolution whose padding may be negative: XLA's fast CPU form reads out of bounds there."""
+    cuts = [(min(0, before), min(0, after), 0) for before, after in pads]
+    if any(map(any, cuts)):
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *cuts, (0, 0, 0)])
+    rest = tuple((max(0, before), max(0, after)) for before, after in pads)
+    return _native(x, w, strides=strides, pads=rest, dilations=dilations)
 
 
 _dense_cpu.defvjp(_dense_cpu_forward, _dense_cpu_backward)

@@ -1,4 +1,4 @@
-"""Where initial weights come from: each parameter says its distribution, a network is drawn at once.
+"""Initial weights: each parameter says its distribution, a whole network is drawn at once.
 
 Compiling one random draw costs XLA on CPU about half a second, whatever its size. So `draw_all`
 fills a whole abstract network from one draw per kind of distribution.

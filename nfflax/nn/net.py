@@ -1,8 +1,8 @@
 """The network: stem, stages, head. Built from a Plan, called like any NNX module.
 
-    model = nfflax.build("nfnet_f0", rngs=nnx.Rngs(0))
-    logits = model(x_NHWC)              # eval by default
-    maps = model.features(x_NHWC)       # {level: pre-activation map}, see model.feature_info
+model = nfflax.build("nfnet_f0", rngs=nnx.Rngs(0))
+logits = model(x_NHWC)              # eval by default
+maps = model.features(x_NHWC)       # {level: pre-activation map}, see model.feature_info
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from jax import lax
 
 from nfflax.nn.attention import Linear
 from nfflax.nn.block import Activate, BlockSignals, make_conv, map_signals
-from nfflax.nn.conv import resolve_padding
+from nfflax.nn.conv import Padding, resolve_padding
 from nfflax.nn.init import ZEROS, Init
 from nfflax.nn.stage import Remat, Stage
 from nfflax.nn.wsconv import Conv
@@ -45,7 +45,8 @@ class Stem(nnx.Module):
             for c in plan.stem
         )
         self.acts = nnx.List(Activate(spec, c.out_channels, rngs=rngs) for c in plan.stem[:-1])
-        self.pool, self.padding = spec.stem.pool, spec.numerics.padding
+        self.pool = spec.stem.pool
+        self.padding: Padding = spec.numerics.padding
         self.tapped = int(plan.feature_info[0].name.rsplit(".", 1)[1])
 
     def __call__(self, x_NHWC: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +66,7 @@ class Stem(nnx.Module):
 
 
 class NFNet(nnx.Module):
-    """Any network a spec describes. `nfflax.build` makes one; `train()` and `eval()` switch modes."""
+    """Any network a spec describes, made by `nfflax.build`; `train()` and `eval()` switch modes."""
 
     def __init__(
         self,
@@ -230,9 +231,7 @@ def _classifier(plan: Plan, rngs: nnx.Rngs) -> Linear | None:
     )
 
 
-def _joined(
-    stem: tuple[jax.Array, ...], blocks: list[BlockSignals]
-) -> dict[str, jax.Array]:
+def _joined(stem: tuple[jax.Array, ...], blocks: list[BlockSignals]) -> dict[str, jax.Array]:
     """Curves over depth: entry 0 of the map statistics is the stem."""
     avg_sq_mean, avg_var = stem
     return {

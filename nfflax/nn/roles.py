@@ -55,7 +55,7 @@ def kernel_role(
 
 
 def vector_role(axis: str = "out") -> Role:
-    """A gain, bias, scale or offset: clipped as one vector, never decayed (arXiv:2102.06171, 4.1)."""
+    """A gain or bias: clipped as one vector, never decayed (arXiv:2102.06171, section 4.1)."""
     return Role(unit_axes=(-1,), decay=False, clip=True, axes=(axis,))
 
 

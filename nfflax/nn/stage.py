@@ -20,7 +20,7 @@ Remat = Literal["none", "block", "conv"]
 
 
 class Stage(nnx.Module):
-    """`first` is the transition block, `rest` the stack of the others (None where there are none)."""
+    """`first` is the transition block, `rest` the stack of the others (None without others)."""
 
     def __init__(
         self, plans: Sequence[BlockPlan], spec: Spec, *, unroll: int, remat: Remat, rngs: nnx.Rngs
@@ -32,7 +32,8 @@ class Stage(nnx.Module):
         self.start = first.index
         self.betas = tuple(p.beta for p in plans)
         self.drop_rates = tuple(p.drop_rate for p in plans)
-        self.unroll, self.remat = unroll, remat
+        self.unroll = unroll
+        self.remat: Remat = remat
 
     def __call__(
         self,
@@ -80,7 +81,7 @@ class Stage(nnx.Module):
 
 
 def rematerialized(run, remat: Remat):
-    """`run` with what it keeps for the backward pass: all, its inputs only, or convolution outputs."""
+    """`run`, keeping for the backward pass all, its inputs only, or convolution outputs."""
     if remat == "none":
         return run
     policy = None

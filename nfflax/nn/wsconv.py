@@ -65,7 +65,8 @@ class Conv(nnx.Module):
         shape = (*kernel_size, in_features // feature_group_count, out_features)
         role = kernel_role(shape, in_axis, out_axis)
         self.kernel = param(rngs, shape, fan_in_normal(shape), role)
-        self.strides, self.padding = _static(strides), padding
+        self.strides = _static(strides)
+        self.padding: Padding = padding
         self.kernel_dilation = _static(kernel_dilation)
         self.feature_group_count = feature_group_count
 
@@ -105,12 +106,12 @@ class WSConv(Conv):
         rngs: nnx.Rngs,
         **geometry: Any,
     ):
-        super().__init__(
-            in_features, out_features, kernel_size, strides, out_axis=out_axis, rngs=rngs, **geometry
-        )
+        shape = (in_features, out_features, kernel_size, strides)
+        super().__init__(*shape, out_axis=out_axis, rngs=rngs, **geometry)
         self.gain = param(rngs, (out_features,), gain_init, vector_role(out_axis))
         self.bias = param(rngs, (out_features,), ZEROS, vector_role(out_axis))
-        self.eps, self.eps_mode, self.scale = eps, eps_mode, scale
+        self.eps, self.scale = eps, scale
+        self.eps_mode: EpsMode = eps_mode
 
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
         gain_O = self.gain[...] * self.scale
@@ -120,7 +121,7 @@ class WSConv(Conv):
 
 
 class WSConvTranspose(nnx.Module):
-    """Scaled weight-standardised transposed convolution, for decoders. Output: input size * strides.
+    """Scaled weight-standardised transposed convolution, for decoders: input size * strides.
 
     With stride s an output pixel sees 1 / prod(s) of the kernel, so the standardised kernel is
     scaled by sqrt(prod(s)): on average the output keeps the input's variance.

@@ -1,4 +1,4 @@
-"""Names of the activations a spec may use, with the published gammas. No JAX: nn/activations.py has the functions.
+"""Names of the activations a spec may use, with the published gammas. The functions are in nn.
 
 Gamma is 1 / std(f(z)) for z ~ N(0, 1) (arXiv:2101.08692, section 4.2). The numbers are those of the
 official release (`nfnets/base.py`), used verbatim so that results agree to the last bit; names

@@ -1,4 +1,4 @@
-"""Rules that join several keys of a spec: lengths agree, groups fit, the resolution survives the strides."""
+"""Rules that join several keys: lengths agree, groups fit, the strides leave something over."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +18,8 @@ class Finding(NamedTuple):
     value: Any = NOT_GIVEN
     allowed: str = ""
     nearest: str = ""
+    against: str = ""
+    """The other key of a rule that joins two."""
 
 
 def problems_between(tables: Mapping[str, Any]) -> list[Finding]:
@@ -55,16 +57,15 @@ def uneven_columns(
 ) -> Iterator[Finding]:
     """Columns whose length differs from the first column's."""
     lists = {k: data[k] for k in columns if isinstance(data.get(k), list | tuple)}
-    if not lists:
-        return
-    first, *others = lists
-    for key in others:
-        if len(lists[key]) != len(lists[first]):
+    first = next((key for key, column in lists.items() if column), "")
+    for key in lists:
+        if first and len(lists[key]) != len(lists[first]):
             yield Finding(
                 f"{table}.{key}",
                 f"has {len(lists[key])} entries, but {table}.{first} has {len(lists[first])}",
                 list(lists[key]),
                 f"{len(lists[first])} entries, or one value for all",
+                against=f"{table}.{first}",
             )
 
 
@@ -76,7 +77,7 @@ def _unknown_activation(numerics: Numerics) -> Iterator[Finding]:
             "no activation has this name; nfflax.register_activation adds new ones",
             name,
             ", ".join(known),
-            SYNONYMS.get(name) or nearest(name, known),
+            SYNONYMS.get(name.lower()) or nearest(name, known),
         )
 
 
@@ -102,6 +103,7 @@ def _misfit_groups(stem: Stem, stages: Stages, numerics: Numerics) -> Iterator[F
                 group_width,
                 f"a divisor of {wanted}, 0 for one group"
                 + (', or stages.fit_groups = "down"' if groups else ""),
+                against="stages.width",
             )
             break
 
@@ -113,7 +115,8 @@ def _vanishing_maps(stem: Stem, stages: Stages, resolution: Resolution) -> Itera
         if pixels < total:
             yield Finding(
                 f"resolution.{key}",
-                f"the network divides the resolution by {total}: nothing is left of {pixels} pixels",
+                f"the network divides the resolution by {total}: "
+                f"nothing is left of {pixels} pixels",
                 pixels,
                 f"{total} or more, or smaller strides",
             )

@@ -1,18 +1,27 @@
-"""What is wrong with a spec, said so that it can be mended: all problems at once, each with its place."""
+"""What is wrong with a spec, said so that it can be mended: all problems, each with its place."""
 
 import difflib
+import enum
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SHOWN_PROBLEMS = 50  # a message lists no more of them
 _SHOWN_VALUE = 80  # characters of an offending value that a message repeats
-NOT_GIVEN = object()  # no value to show, as against the value null
+_SHOWN_NAME = 200  # characters of a key or file name
+
+
+class _NotGiven(enum.Enum):
+    NOT_GIVEN = enum.auto()  # an enum member stays itself when an error is pickled
+
+
+NOT_GIVEN = _NotGiven.NOT_GIVEN  # no value to show, as against the value null
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it stands, what is there, what may be there, and the nearest right name."""
+    """One mistake: where it stands, what is there, what may be there, the nearest right name."""
 
     file: str
     key: str
@@ -22,15 +31,17 @@ class Problem:
     nearest: str = ""
 
     def __str__(self) -> str:
-        shown = self.key or "(whole file)"
+        place = _shortened(self.file, _SHOWN_NAME)
+        if self.key:
+            place += f": {_shortened(self.key, _SHOWN_NAME)}"
         if self.value is not NOT_GIVEN:
-            shown += f" = {_short(self.value)}"
-        lines = [f"{self.file}: {shown}", f"    {self.message}"]
+            place += f"{' =' if self.key else ':'} {_shown(self.value)}"
+        lines = [place, f"    {self.message}"]
         if self.nearest:
             lines.append(f"    did you mean: {self.nearest}")
         if self.allowed:
             lines.append(f"    allowed: {self.allowed}")
-        return "\n".join(lines)
+        return "\n".join(map(_printable, lines))
 
 
 class SpecError(ValueError):
@@ -39,18 +50,39 @@ class SpecError(ValueError):
     def __init__(self, problems: Sequence[Problem]):
         self.problems = tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(f"{count} in the spec\n" + "\n".join(map(str, self.problems)))
+        lines = [f"{count} in the spec", *map(str, self.problems[:SHOWN_PROBLEMS])]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"... and {len(self.problems) - SHOWN_PROBLEMS} more problems")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # else copies would be built from the message
+        return type(self), (self.problems,)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """The most similar of `names`, or nothing when none is close."""
-    matches = difflib.get_close_matches(word[:200], list(names), n=1, cutoff=0.5)
-    return matches[0] if matches else ""
+    """The most similar of `names`, or nothing when none is close. Case and hyphens do not count."""
+    names = list(names)
+    plain = {_plain(name): name for name in reversed(names)}  # of two alike, the first
+    matches = difflib.get_close_matches(_plain(word[:_SHOWN_NAME]), plain, n=1, cutoff=0.6)
+    return plain[matches[0]] if matches else ""
 
 
-def _short(value: Any) -> str:
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")
+
+
+def _shown(value: Any) -> str:
     try:
         text = json.dumps(value, default=str, ensure_ascii=False)
     except (ValueError, RecursionError, TypeError):
-        text = f"({type(value).__name__})"
-    return text if len(text) <= _SHOWN_VALUE else text[: _SHOWN_VALUE - 1] + "…"
+        text = "(a value too long or too deep to show)"
+    return _shortened(text, _SHOWN_VALUE)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    """The text without what confuses a terminal: control characters, lone surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

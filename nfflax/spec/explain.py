@@ -1,5 +1,7 @@
-"""Pydantic's findings in the words of this project: key path, value, what is allowed, nearest name."""
+"""Pydantic's findings in this project's words: key path, value, what is allowed, nearest name."""
 
+import functools
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,65 +9,152 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from nfflax.spec.check import Finding
-from nfflax.spec.errors import NOT_GIVEN, nearest
+from nfflax.spec.errors import NOT_GIVEN, SHOWN_PROBLEMS, nearest
 from nfflax.spec.schema import Spec, Table, Title
 
+TABLES: dict[str, type[Table]] = {
+    name: field.annotation
+    for name, field in Spec.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Table)
+}
+KEYS = {f"{name}.{key}": key for name, model in TABLES.items() for key in model.model_fields}
+# What other libraries call a key, timm first.
+_OTHER_NAMES = {
+    "act": "activation",
+    "act_layer": "activation",
+    "bottle_ratio": "expansion",
+    "ch_div": "round_width",
+    "channels": "width",
+    "classes": "num_classes",
+    "drop_path": "stochastic_depth",
+    "drop_path_rate": "stochastic_depth",
+    "drop_rate": "dropout",
+    "global_pool": "pool",
+    "group_size": "group_width",
+    "groups": "group_width",
+    "in_chans": "in_channels",
+    "layers": "depth",
+    "num_features": "width",
+    "rd_ratio": "ratio",
+    "se_ratio": "ratio",
+    "std_conv_eps": "ws_eps",
+    "stochdepth_rate": "stochastic_depth",
+}
 _MESSAGES = {
+    "bool_type": "must be true or false",
     "extra_forbidden": "no such key",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "int_type": "must be a whole number",
+    "invalid_key": "keys must be text",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:.10g}",
+    "literal_error": "is none of the allowed values",
     "missing": "is required",
     "model_type": "must be a table",
-    "invalid_key": "keys must be text",
-    "too_short": "has too few entries",
-    "too_long": "has too many entries",
     "string_pattern_mismatch": "letters, digits and . _ + - only, a letter or digit first",
-    "finite_number": "must be a finite number",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_type": "must be text",
+    "string_unicode": "is not valid Unicode text",
+    "too_long": "has too many entries",
+    "too_short": "has too few entries",
 }
 
 
-def explain(
-    error: ValidationError, model: type[Table], table: str, raw: Any
-) -> Iterator[Finding]:
+def explain(error: ValidationError, model: type[Table], table: str, raw: Any) -> Iterator[Finding]:
     """One Finding per distinct mistake in the table called `table` ("" for the top level)."""
     prefix = f"{table}." if table else ""
     seen: set[str] = set()
+    blamed: set[str] = set()  # fields with a wrong entry
     for detail in error.errors(include_url=False, include_context=True):
         field, *index = detail["loc"] or ("",)
         value: Any = detail["input"]
-        if isinstance(raw, Mapping) and field in raw and field in model.columns:
+        if field in model.model_fields and isinstance(raw, Mapping) and field in raw:
             if not isinstance(raw[field], list | tuple):  # a spread scalar: one mistake, not many
                 index, value = [], raw[field]
-            elif not index and any(key.startswith(f"{prefix}{field}[") for key in seen):
-                continue  # the column's own error only follows from an entry's
-        key = f"{prefix}{field}".rstrip(".") + "".join(f"[{i}]" for i in index)
+            elif not index:
+                if field in blamed:
+                    continue  # the column's own error only follows from an entry's
+                value = raw[field]
+        if index:
+            blamed.add(str(field))
+        key = f"{prefix}{field}" if detail["loc"] else table
+        key += "".join(f"[{i}]" for i in index)
         if key in seen:
             continue
         seen.add(key)
-        yield _finding(key, str(field), value, detail, model)
+        near = ""
+        if detail["type"] == "extra_forbidden" and len(seen) <= SHOWN_PROBLEMS:
+            near = suggestion(table, str(field))
+        yield _finding(key, str(field), value, detail, model, near)
+
+
+def suggestion(table: str, field: str) -> str:
+    """The dotted key that was likely meant by an unknown one ("" as table: at the top level)."""
+    own = (TABLES.get(table, Table) if table else Spec).model_fields
+    meant = _OTHER_NAMES.get(field) or nearest(field, own) or nearest(field, KEYS.values())
+    if meant in own:
+        return f"{table}.{meant}" if table else meant
+    places = [key for key, name in KEYS.items() if name == meant]
+    return " or ".join(filter(None, [", ".join(places[:-1]), *places[-1:]]))
 
 
 def _finding(
-    key: str, field: str, value: Any, detail: ErrorDetails, model: type[Table]
+    key: str, field: str, value: Any, detail: ErrorDetails, model: type[Table], near: str
 ) -> Finding:
-    kind = detail["type"]
-    message = _MESSAGES.get(kind) or detail["msg"].replace("Input should", "must")
-    if kind in ("extra_forbidden", "missing", "model_type"):
-        known = list(Spec.model_fields if model is Title else model.model_fields)
-        if kind == "missing":
-            return Finding(key, message, NOT_GIVEN, _allowed(model, field))
-        return Finding(key, message, value, ", ".join(known), nearest(field, known))
-    near = ""
-    if kind == "literal_error" and isinstance(value, str):
-        options = [o.strip(" '") for o in str(detail["ctx"]["expected"]).replace(" or ", ",").split(",")]
-        near = nearest(value, options)
-    return Finding(key, message, value, _allowed(model, field), near)
+    kind, allowed = detail["type"], _allowed(model, field)
+    template = _MESSAGES.get(kind)
+    message = template.format(**detail.get("ctx", {})) if template else detail["msg"]
+    if kind in ("missing", "invalid_key"):
+        value = NOT_GIVEN
+    elif kind in ("extra_forbidden", "model_type"):
+        allowed = ", ".join(Spec.model_fields if model is Title else model.model_fields)
+    elif kind == "literal_error" and isinstance(value, str):
+        near = nearest(value, map(str, _options(model, field)))
+    else:
+        near = _intended(kind, value)
+    return Finding(key, message, value, allowed, near)
 
 
+def _intended(kind: str, value: Any) -> str:
+    """A value of the right type that says the same: 10 for "10" or 10.0."""
+    if kind == "bool_type":
+        return value if value in ("true", "false") else ""
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}"
+    if isinstance(value, str) and len(value) < 20:
+        try:
+            return str({"int_type": int, "float_type": float}[kind](value))
+        except (KeyError, ValueError):
+            pass
+    return ""
+
+
+@functools.cache
+def _schema(model: type[Table]) -> dict[str, Any]:
+    return model.model_json_schema()["properties"]
+
+
+def _options(model: type[Table], field: str) -> list[Any]:
+    """What a choice may be."""
+    schema = _schema(model)[field]
+    schema = schema.get("items", schema)
+    return schema.get("enum") or [schema["const"]]
+
+
+@functools.cache
 def _allowed(model: type[Table], field: str) -> str:
     """A field's permitted values, from its own JSON Schema."""
-    schema = model.model_json_schema()["properties"].get(field, {})
+    schema = _schema(model).get(field)
+    if schema is None:
+        return ""
     text = _describe(schema)
     if field in model.columns:
         text += "; one per entry, or one for all"
+    elif schema.get("type") == "array":
+        text += "; one for all channels, or one per channel"
     return text
 
 
@@ -73,16 +162,19 @@ def _describe(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_describe(s) for s in schema["anyOf"] if s.get("type") != "null")
     if "const" in schema or "enum" in schema:
-        options = schema.get("enum", [schema.get("const")])
-        return ", ".join(f'"{o}"' if isinstance(o, str) else str(o) for o in options)
+        return ", ".join(json.dumps(o) for o in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":
         return _describe(schema.get("items", {}))
     words = {"integer": "a whole number", "number": "a number", "string": "text"}
     text = words.get(schema.get("type", ""), "true or false")
-    low = schema.get("minimum", schema.get("exclusiveMinimum"))
-    high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    if low is not None:
-        text += f" {'above' if 'exclusiveMinimum' in schema else 'from'} {low}"
-    if high is not None:
-        text += f" {'below' if 'exclusiveMaximum' in schema else 'to'} {high}"
+    if "maxLength" in schema:
+        text += f" of at most {schema['maxLength']} characters"
+    if "minimum" in schema:
+        text += f" from {schema['minimum']:g}"
+    if "exclusiveMinimum" in schema:
+        text += f" above {schema['exclusiveMinimum']:g}"
+    if "maximum" in schema:
+        text += f" {'to' if 'minimum' in schema else 'and up to'} {schema['maximum']:.10g}"
+    if "exclusiveMaximum" in schema:
+        text += f" to below {schema['exclusiveMaximum']:g}"
     return text

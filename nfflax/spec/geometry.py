@@ -1,4 +1,4 @@
-"""Widths that follow from a spec's ratios, rounded exactly as the implementation that a spec copies."""
+"""Widths that follow from a spec's ratios, rounded as in the implementation that it copies."""
 
 from nfflax.spec.schema import Numerics, Stages
 

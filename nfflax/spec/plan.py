@@ -60,7 +60,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """One feature level: what `features()` returns under the key `level`. Maps are pre-activation."""
+    """One feature level: the pre-activation map that `features()` returns under this level."""
 
     level: int
     name: str
@@ -70,7 +70,7 @@ class FeatureInfo:
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled spec. Costs are for `input_size`; every map's stride is at most `output_stride`."""
+    """A compiled spec. Costs are for `input_size`; no map's stride exceeds `output_stride`."""
 
     spec: Spec
     input_size: tuple[int, int]

@@ -19,7 +19,7 @@ def preset_paths() -> dict[str, Path]:
 
 
 def family_paths() -> dict[str, Path]:
-    """Name and file of the family bases, which model specs extend and which are no networks alone."""
+    """Name and file of the family bases: model specs extend them, alone they are no networks."""
     return _toml_files("families")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
 
 T = TypeVar("T")
 
@@ -24,16 +25,24 @@ def _one_or_many(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+def _whole(value: Any) -> Any:
+    if type(value) is not int:  # a Literal alone takes True and 1.0 for 1
+        raise PydanticKnownError("int_type")
+    return value
+
+
 # One value per stage (or per stem convolution): its table spreads a scalar over all of them.
 Column = Annotated[tuple[T, ...], BeforeValidator(_tuple)]
 # One value for all channels, or one for each.
-PerChannel = Annotated[tuple[float, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+PerChannel = Annotated[tuple[T, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 Count = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 WidthOrNone = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
 Stride = Annotated[int, Field(ge=1, le=8)]
-Kernel = Literal[1, 3, 5, 7, 9, 11]
+Kernel = Annotated[Literal[1, 3, 5, 7, 9, 11], BeforeValidator(_whole)]
+OneOrTwo = Annotated[Literal[1, 2], BeforeValidator(_whole)]
+Positive = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(gt=0, le=64)]
 Pixels = Annotated[int, Field(ge=1, le=MAX_PIXELS)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -67,18 +76,20 @@ class Table(BaseModel):
         length = column_length(data, cls.columns)
         spread = {k: v for k, v in (defaults | data).items() if k in cls.columns}
         return data | {
-            k: v if isinstance(v, list | tuple) else (v,) * length for k, v in spread.items()
+            # one entry too many is an error; a million too many would be a million errors
+            k: v[: MAX_STAGES + 1] if isinstance(v, list | tuple) else (v,) * length
+            for k, v in spread.items()
         }
 
 
 def column_length(data: dict[str, Any], columns: Sequence[str]) -> int:
-    """How many entries the columns have: those of the first one that is a list (1 without lists)."""
-    lists = [data[k] for k in columns if isinstance(data.get(k), list | tuple)]
+    """How many entries columns have: those of the first one that is a list (1 without lists)."""
+    lists = [data[k] for k in columns if isinstance(data.get(k), list | tuple) and data[k]]
     return min(len(lists[0]), MAX_STAGES + 1) if lists else 1
 
 
 class Stem(Table):
-    """The convolutions before the first stage; activations stand between them, none after the last."""
+    """The convolutions before the first stage, with activations between, none after the last."""
 
     columns: ClassVar = ("width", "kernel", "stride")
 
@@ -119,14 +130,15 @@ class Stages(Table):
     group_width: Column[WidthOrNone] = spread(128)
     """Channels per group of the kxk convolutions; 0: one group, a dense convolution."""
     fit_groups: Literal["exact", "down"] = "exact"
-    """When group_width does not divide the bottleneck: "exact" is an error, "down" drops the remainder (NF-RegNet)."""
+    """When group_width does not divide the bottleneck: "exact" is an error, "down" (NF-RegNet)
+    drops the remainder."""
     expansion: Column[Ratio] = spread(0.5)
     """Bottleneck width as a multiple of the width that expansion_of names."""
     expansion_of: Column[Literal["out", "in"]] = spread("out")
     """"out": of the block's output width. "in": of its input width (NF-RegNet)."""
     first_expansion: Ratio | None = None
     """Expansion of the network's very first block, where it differs (NF-RegNet: 1)."""
-    spatial_convs: Column[Literal[1, 2]] = spread(2)
+    spatial_convs: Column[OneOrTwo] = spread(2)
     """Number of kxk convolutions in the bottleneck."""
     kernel: Column[Kernel] = spread(3)
     """Kernel size of the bottleneck's kxk convolutions."""
@@ -138,7 +150,8 @@ class Attention(Table):
     """Channel attention on the residual branch."""
 
     kind: Literal["none", "se", "eca"] = "none"
-    """Squeeze-and-excitation (arXiv:1709.01507), efficient channel attention (arXiv:1910.03151), or neither."""
+    """Squeeze-and-excitation (arXiv:1709.01507), efficient channel attention (arXiv:1910.03151),
+    or neither."""
     ratio: Ratio = 0.5
     """Hidden width of squeeze-and-excitation as a multiple of the channels it scales."""
     gain: Annotated[float, Field(gt=0, le=100)] = 2.0
@@ -153,7 +166,7 @@ class Block(Table):
     alpha: Annotated[float, Field(gt=0, le=10)] = 0.2
     """Scale of every residual branch: a block adds alpha^2 to the signal's variance."""
     skip_gain: Literal["zeros", "ones", "none"] = "zeros"
-    """Initial value of the learned scalar on the residual branch; "none": there is no such scalar."""
+    """Initial value of the learned scalar on the residual branch; "none": there is none."""
     last_gain: Literal["ones", "zeros"] = "ones"
     """Initial gain of the branch's last convolution ("zeros": timm, in place of a skip gain)."""
 
@@ -162,9 +175,9 @@ class Head(Table):
     """Final convolution, pooling, dropout and classifier."""
 
     width_mult: Annotated[float, Field(ge=0, le=64)] = 0.0
-    """Width of the final 1x1 convolution as a multiple of the last stage's; 0: not given this way."""
+    """Width of the final 1x1 convolution as a multiple of the last stage's; 0: not given so."""
     width: WidthOrNone = 0
-    """Width of the final 1x1 convolution; 0: not given this way. With neither there is none."""
+    """Width of the final 1x1 convolution; 0: not given so. With neither there is none."""
     num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
     """Outputs of the classifier; 0: the network returns pooled features."""
     dropout: Rate = 0.0
@@ -192,7 +205,8 @@ class Numerics(Table):
     activation: str = "gelu"
     """Name of the nonlinearity."""
     gamma: Literal["activation", "conv", "none"] = "activation"
-    """Where the variance-restoring constant multiplies: the activation's output, every kernel (timm), or nowhere."""
+    """Where the variance-restoring constant multiplies: the activation's output, every kernel
+    (timm), or nowhere."""
     padding: Literal["same", "symmetric"] = "same"
     """"same": TensorFlow's, which depends on the input size. "symmetric": PyTorch's."""
     ws_eps: Annotated[float, Field(ge=0, le=1)] = 1e-4
@@ -207,7 +221,8 @@ class Norm(Table):
     """Batch normalisation, for the papers' baselines."""
 
     kind: Literal["none", "batch"] = "none"
-    """"batch": plain convolutions and a BatchNorm before every activation, in place of scaled weight standardisation."""
+    """"batch": plain convolutions and a BatchNorm before every activation, in place of scaled
+    weight standardisation."""
     momentum: Rate = 0.9
     """Decay of the running statistics."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
@@ -226,14 +241,15 @@ class Resolution(Table):
 class Preprocess(Table):
     """What inference does to an image before the network sees it."""
 
-    mean: PerChannel = (0.485, 0.456, 0.406)
+    mean: PerChannel[float] = (0.485, 0.456, 0.406)
     """Subtracted from pixels in [0, 1], per channel."""
-    std: Annotated[PerChannel, Field(min_length=1)] = (0.229, 0.224, 0.225)
+    std: PerChannel[Positive] = (0.229, 0.224, 0.225)
     """Divides the result, per channel."""
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     """Resampling filter."""
     crop: Literal["squash", "center"] = "squash"
-    """"squash": resize both sides to the target. "center": resize the short side. Then the centre is cut."""
+    """"squash": resize both sides to the target. "center": resize the short side. Then the centre
+    is cut."""
     crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Resize target: resolution / crop_fraction + crop_margin."""
     crop_margin: Annotated[int, Field(ge=0, le=4096)] = 32
@@ -250,7 +266,7 @@ class Title(Table):
 
 
 class Spec(Title):
-    """One network, fully resolved: nothing inherited, every scalar spread. Immutable and hashable."""
+    """One network, fully resolved: nothing inherited, every scalar spread. Hashable."""
 
     stem: Stem
     stages: Stages
@@ -274,11 +290,14 @@ class Spec(Title):
 
 
 def file_schema() -> dict[str, Any]:
-    """The JSON Schema of a spec file (editors complete from it): a Spec whose keys may be inherited."""
+    """The JSON Schema of a spec file, for editors: a Spec whose keys may be inherited."""
     schema = Spec.model_json_schema()
     tables = [schema, *schema["$defs"].values()]
     for table in tables:
         table.pop("required", None)  # `extends` may supply any key
+        for field in table["properties"].values():
+            if "description" in field:  # a docstring that was wrapped
+                field["description"] = " ".join(field["description"].split())
         for key in (k for k in table["properties"] if k in _columns_of(table.get("title", ""))):
             column = table["properties"][key]
             scalar = dict(column.get("items", {}))
@@ -290,7 +309,8 @@ def file_schema() -> dict[str, Any]:
         "$schema": {"type": "string", "description": "Address of this schema, for editors."},
         "extends": {
             "type": "string",
-            "description": "A preset, a family, or a path relative to this file: tables merge, lists replace.",
+            "description": "A preset, a family, or a path relative to this file: "
+            "tables merge, lists replace.",
         },
     } | schema["properties"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema

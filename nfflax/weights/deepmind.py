@@ -1,7 +1,8 @@
-"""Weights in the layout of DeepMind's release: `{Haiku module: {parameter: array}}`, HWIO kernels."""
+"""Weights as DeepMind released them: `{Haiku module: {parameter: array}}`, HWIO kernels."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from flax import nnx
 
 from nfflax.weights.errors import WeightsError
 from nfflax.weights.haiku_pickle import read_haiku_pickle
-from nfflax.weights.naming import Entry, Tree, load_entries, to_named
+from nfflax.weights.naming import Entry, Tree, load_entries, param_shapes, to_named
 
 HaikuTree = Mapping[str, Mapping[str, Any]]
 
@@ -23,16 +24,26 @@ def load_deepmind(model: nnx.Module, tree_or_path: HaikuTree | str | os.PathLike
     source = "the Haiku tree"
     if isinstance(tree_or_path, str | os.PathLike):
         source, tree_or_path = os.fspath(tree_or_path), read_haiku_pickle(tree_or_path)
-    arrays = {
-        f"{module}/{name}": array
-        for module, params in tree_or_path.items()
-        for name, array in params.items()
-    }
-    roots = {name.split("/", 1)[0] for name in arrays}
-    names = list(to_named(model))
-    # The release lets a network carry any name: NFNet/~/linear, my_net/~/linear.
-    root = roots.pop() if len(roots) == 1 else haiku_class(names)
-    load_entries(model, haiku_entries(names, root), arrays, source)
+    arrays = _flat(tree_or_path)
+    names = list(param_shapes(model))
+    load_entries(model, haiku_entries(names, _root(arrays, haiku_class(names))), arrays, source)
+
+
+def _flat(tree: HaikuTree) -> dict[str, Any]:
+    """`module/parameter`, and as it stands what is no mapping of parameters."""
+    flat: dict[str, Any] = {}
+    for module, params in tree.items():
+        if isinstance(params, Mapping):
+            flat |= {f"{module}/{name}": array for name, array in params.items()}
+        else:
+            flat[str(module)] = params
+    return flat
+
+
+def _root(names: Iterable[str], official: str) -> str:
+    """What the network is called. The release allows any name: NFNet/~/linear, my_net/~/linear."""
+    roots = Counter(name.split("/", 1)[0] for name in names)
+    return official if official in roots or not roots else roots.most_common(1)[0][0]
 
 
 def to_deepmind(tree: Tree) -> dict[str, dict[str, np.ndarray]]:
@@ -54,7 +65,7 @@ def haiku_class(names: Iterable[str]) -> str:
     return "NF_RegNet" if "final_conv.kernel" in names else "NF_ResNet"
 
 
-def haiku_entries(names: Iterable[str], root: str) -> Iterator[Entry]:
+def haiku_entries(names: Iterable[str], root: str) -> list[Entry]:
     """Our per-block names with Haiku's `module/parameter`; layouts are the same."""
     names = list(names)
     kind = haiku_class(names)
@@ -70,26 +81,30 @@ def haiku_entries(names: Iterable[str], root: str) -> Iterator[Entry]:
         "attention.fc1": ("squeeze_excite/~/linear_1", linear),
         **{f"conv{c}": (f"conv{c}", leaves) for c in ("0", "1", "1b", "2", "_shortcut")},
     }
+    entries, unknown = [], []
     for name in names:
-        owner, leaf = name.rsplit(".", 1)
+        owner, _, leaf = name.rpartition(".")
         base = f"{root}/~"
-        if name.startswith("stem.convs."):
-            number = owner.rsplit(".", 1)[1]
-            stem = f"stem_conv{number}" if kind == "NFNet" else "initial_conv"
-            yield Entry(name, f"{base}/{stem}/{leaves[leaf]}")
-            continue
         if name.startswith("stages."):
             number = index[_place(name)]
             base += f"/{block}_{number}" if number else f"/{block}"
             owner = ".".join(name.split(".")[4:-1])
             if leaf == "skip_gain":
-                yield Entry(name, f"{base}/skip_gain")
+                entries.append(Entry(name, f"{base}/skip_gain"))
                 continue
             base += "/~"
-        module, known = modules.get(owner, ("", {}))
-        if leaf not in known:
-            raise WeightsError(name, ["the official release has no such parameter"])
-        yield Entry(name, f"{base}/{module}/{known[leaf]}")
+        if owner.startswith("stem.convs."):
+            number = owner.rsplit(".", 1)[1]
+            module, known = (f"stem_conv{number}" if kind == "NFNet" else "initial_conv"), leaves
+        else:
+            module, known = modules.get(owner, ("", {}))
+        if leaf in known:
+            entries.append(Entry(name, f"{base}/{module}/{known[leaf]}"))
+        else:
+            unknown.append(f"the official release has no such parameter: {name}")
+    if unknown:
+        raise WeightsError("the network", unknown)
+    return entries
 
 
 def _place(name: str) -> tuple[int, int]:

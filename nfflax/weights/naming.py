@@ -32,14 +32,20 @@ class Entry:
 
 def to_named(tree: Tree) -> dict[str, np.ndarray]:
     """Per-block names and arrays of a network's parameters, or of gradients shaped like them."""
-    return {name: array[i] for name, array, i in _leaves(tree)}
-
-
-def _leaves(tree: Tree) -> Iterable[tuple[str, np.ndarray, Any]]:
-    """(name, whole leaf, which part of it) for every block's parameter."""
+    named = {}
     for path, leaf in _flat(tree):
         array = np.asarray(jax.device_get(leaf))
-        yield from ((name, array, part) for name, part in block_names(path, array.shape))
+        named |= {name: np.asarray(array[i]) for name, i in block_names(path, array.shape)}
+    return named
+
+
+def param_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Per-block names and shapes: nothing leaves its device, and an abstract network will do."""
+    return {
+        name: leaf.shape if part is ... else leaf.shape[1:]
+        for path, leaf in _flat(model)
+        for name, part in block_names(path, leaf.shape)
+    }
 
 
 def _flat(tree: Tree) -> list[tuple[Path, Any]]:
@@ -72,9 +78,10 @@ def load_entries(
     """
     by_name = {entry.ours: entry for entry in entries}
     state = nnx.state(model, nnx.Param)
-    values: dict[Path, np.ndarray] = {}
+    flat = nnx.to_flat_state(state)
+    values: list[np.ndarray] = []
     problems, used = [], set()
-    for path, variable in nnx.to_flat_state(state):
+    for path, variable in flat:
         shape = tuple(variable.shape)
         value = np.empty(shape, variable.dtype)
         for name, part in block_names(path, shape):
@@ -83,20 +90,43 @@ def load_entries(
             if entry.theirs not in arrays:
                 problems.append(f"missing: {entry.theirs} (for {name} {list(value[part].shape)})")
                 continue
-            found = np.asarray(arrays[entry.theirs])
+            found = _as_array(arrays[entry.theirs])
             wanted = entry.export(value[part]).shape
-            if found.shape != wanted:
-                problems.append(
-                    f"wrong shape: {entry.theirs} is {list(found.shape)}, the model has {list(wanted)}"
-                )
-            elif not np.issubdtype(found.dtype, np.number) and found.dtype.name != "bfloat16":
+            if found is None:
+                kind = type(arrays[entry.theirs]).__name__
+                problems.append(f"not numeric: {entry.theirs} is no array but {kind}")
+            elif found.shape != wanted:
+                shapes = f"{list(found.shape)}, the model has {list(wanted)}"
+                problems.append(f"wrong shape: {entry.theirs} is {shapes}")
+            elif not _is_real(found.dtype):
                 problems.append(f"not numeric: {entry.theirs} is {found.dtype}")
             else:
                 value[part] = entry.restore(found)
-        values[path] = value
+        values.append(value)
     problems += [f"unexpected: {name}" for name in arrays if name not in used]
     if problems:
         raise WeightsError(source, problems)
-    for path, variable in nnx.to_flat_state(state):
-        variable[...] = jax.device_put(jnp.asarray(values[path]), variable[...].sharding)
+    for (_, variable), value in zip(flat, values, strict=True):
+        variable.set_value(_placed(value, variable.get_value()))
     nnx.update(model, state)
+
+
+def _as_array(value: Any) -> np.ndarray | None:
+    """None for what NumPy cannot take, such as a list of unequal rows."""
+    try:
+        return np.asarray(value)
+    except Exception:  # whatever the foreign object's conversion raises
+        return None
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    real = np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.floating)
+    return real or dtype.name == "bfloat16"
+
+
+def _placed(value: np.ndarray, old: Any) -> jax.Array:
+    """`value` where `old` lies; what is free to move between devices stays free."""
+    sharding = getattr(old, "sharding", None)
+    if sharding is None or not getattr(old, "committed", True):
+        return jnp.asarray(value)
+    return jax.device_put(value, sharding)

@@ -1,6 +1,6 @@
 """Weights under timm's names: a flat state dict of numpy arrays, OIHW kernels."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ from flax import nnx
 
 from nfflax.nn.net import NFNet
 from nfflax.weights.errors import WeightsError
-from nfflax.weights.naming import Entry, Tree, load_entries, to_named
+from nfflax.weights.naming import Entry, Tree, load_entries, param_shapes, to_named
 
 _CONVS = {
     "conv0": "conv1",
@@ -26,58 +26,61 @@ def load_timm(model: nnx.Module, state_dict: Mapping[str, Any]) -> None:
     Every missing, unexpected or misshapen entry is in one WeightsError, and then nothing has
     changed. The numbers mean the same only in a spec with timm's numerics (presets `timm_*`).
     """
-    entries = timm_entries(to_named(model), _attention_name(model))
+    shapes = param_shapes(model)
+    entries = timm_entries(shapes, _attention_name(model, shapes))
     load_entries(model, entries, state_dict, "the timm state dict")
 
 
 def to_timm(tree: Tree) -> dict[str, np.ndarray]:
     """timm's state dict of a network's parameters, or of gradients with the same structure."""
     named = to_named(tree)
-    entries = timm_entries(named, _attention_name(tree))
+    shapes = {name: array.shape for name, array in named.items()}
+    entries = timm_entries(named, _attention_name(tree, shapes))
     return {entry.theirs: entry.export(named[entry.ours]) for entry in entries}
 
 
-def _attention_name(tree: Tree) -> str:
+def _attention_name(tree: Tree, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """timm calls attention inside the bottleneck `attn`, after it `attn_last`."""
     if isinstance(tree, NFNet):
         return "attn" if tree.spec.attention.position == "inside" else "attn_last"
-    named = to_named(tree)
-    for name, kernel in named.items():  # gradients know no spec, but widths tell
+    for name, shape in shapes.items():  # gradients know no spec, but widths tell
         if name.endswith("attention.fc0.kernel"):
-            mid, out = named[name.replace("attention.fc0", "conv2")].shape[-2:]
+            mid, out = shapes[name.replace("attention.fc0", "conv2")][-2:]
             if mid != out:
-                return "attn" if kernel.shape[0] == mid else "attn_last"
+                return "attn" if shape[0] == mid else "attn_last"
     return "attn_last"
 
 
-def timm_entries(names: Iterable[str], attention: str) -> Iterator[Entry]:
+def timm_entries(names: Iterable[str], attention: str) -> list[Entry]:
     """Our per-block names with timm's, and the change of layout."""
     names = list(names)
     several = "stem.convs.1.kernel" in names
+    entries, unknown = [], []
     for name in names:
-        owner, leaf = name.rsplit(".", 1)
-        parts = owner.split(".")
-        if parts[0] == "stem":
-            stem = f"stem.conv{int(parts[2]) + 1}" if several else "stem.conv"
-            yield _entry(name, stem, leaf)
-            continue
-        prefix, inner = "", owner
+        owner, _, leaf = name.rpartition(".")
+        prefix, inner, parts = "", owner, owner.split(".")
         if parts[0] == "stages":
             prefix, inner = f"stages.{parts[1]}.{parts[3]}.", ".".join(parts[4:])
         if leaf == "skip_gain":
-            yield Entry(name, f"{prefix}skipinit_gain")
+            entries.append(Entry(name, f"{prefix}skipinit_gain"))
+        elif parts[:2] == ["stem", "convs"]:
+            stem = f"stem.conv{int(parts[2]) + 1}" if several else "stem.conv"
+            entries.append(_entry(name, stem, leaf))
         elif inner in _CONVS:
-            yield _entry(name, prefix + _CONVS[inner], leaf)
+            entries.append(_entry(name, prefix + _CONVS[inner], leaf))
         elif inner == "classifier":
-            yield Entry(name, f"head.fc.{_leaf(leaf)}", np.transpose, np.transpose)
+            entries.append(Entry(name, f"head.fc.{_leaf(leaf)}", np.transpose, np.transpose))
         elif inner in ("attention.fc0", "attention.fc1"):
             module = f"{prefix}{attention}.fc{int(inner[-1]) + 1}"
-            yield _linear_as_conv(name, module, leaf)
+            entries.append(_linear_as_conv(name, module, leaf))
         elif inner == "attention":
             export, restore = (lambda w: w[None, None]), (lambda w: w[0, 0])
-            yield Entry(name, f"{prefix}{attention}.conv.weight", export, restore)
+            entries.append(Entry(name, f"{prefix}{attention}.conv.weight", export, restore))
         else:
-            raise WeightsError(name, ["timm has no such parameter"])
+            unknown.append(f"timm has no such parameter: {name}")
+    if unknown:
+        raise WeightsError("the network", unknown)
+    return entries
 
 
 def _leaf(leaf: str) -> str:

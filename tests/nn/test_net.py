@@ -1,0 +1,340 @@
+"""The network as its users meet it: shapes, modes, features, options, initial values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nfflax
+from nfflax.nn import role_of
+
+SMALL = {
+    "extends": "nfnet",
+    "name": "small",
+    "stem": {"width": [8, 16], "stride": [2, 1]},
+    "stages": {"depth": [1, 3], "width": [32, 64], "stride": [1, 2], "group_width": 8},
+    "head": {"num_classes": 7},
+    "resolution": {"train": 32, "test": 32},
+}
+FAMILIES = ["nfnet_f0", "nf_regnet_b0", "nf_seresnet50", "timm_eca_nfnet_l0", "resnet50_bn"]
+
+
+def small(changes=None, **how):
+    return nfflax.build(nfflax.load_spec(SMALL, changes), rngs=nnx.Rngs(0), **how)
+
+
+def abstract(spec, **how):
+    """The network without its arrays."""
+    return nnx.eval_shape(lambda: nfflax.build(spec, rngs=nnx.Rngs(0), **how))
+
+
+def images(size=32, channels=3, batch=2):
+    height, width = (size, size) if isinstance(size, int) else size
+    return jax.random.normal(jax.random.key(1), (batch, height, width, channels))
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = np.asarray(a), np.asarray(b)
+    return np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+def gradients(model, x, key=None):
+    def loss(model):
+        return jnp.sum(jnp.tanh(model(x, train=key is not None, rngs=key)))
+
+    return jax.tree.leaves(nnx.jit(nnx.grad(loss))(model))
+
+
+# --- shapes and features -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", nfflax.list_specs())
+def test_every_preset_has_the_planned_parameters(preset):
+    model = abstract(preset)
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(p.size for p in parameters) == model.plan.params
+
+
+@pytest.mark.parametrize("output_stride", [32, 16, 8])
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_feature_info_tells_what_features_returns(preset, output_stride):
+    model = abstract(preset, output_stride=output_stride)
+    size = (64, 96)
+    maps = jax.eval_shape(lambda m, x: m.features(x), model, jnp.zeros((2, *size, 3)))
+    assert list(maps) == [info.level for info in model.feature_info]
+    for info in model.feature_info:
+        height, width = (s // info.stride for s in size)
+        assert maps[info.level].shape == (2, height, width, info.channels)
+        assert info.stride <= output_stride
+    assert len({info.name for info in model.feature_info}) == len(maps)
+
+
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_output_stride_keeps_every_parameter(output_stride):
+    shapes = [
+        jax.tree.map(lambda p: p.shape, nnx.to_pure_dict(nnx.state(abstract("nfnet_f0", **how))))
+        for how in ({}, {"output_stride": output_stride})
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_dilated_network_sees_the_same_neighbours():
+    """With unit-stride transitions and dilations, a block's receptive field in pixels is the same."""
+    spec = nfflax.load_spec(
+        {
+            "extends": "nf_resnet",
+            "name": "dilated",
+            "stem": {"width": 8, "kernel": 3, "stride": 2, "pool": "none"},
+            "stages": {"depth": 2, "width": [16] * 5, "stride": [1, 2, 2, 2, 2], "group_width": 0},
+            "block": {"skip_gain": "ones"},
+            "numerics": {"activation": "identity"},
+            "head": {"num_classes": 0},
+        }
+    )
+    x = jnp.zeros((1, 96, 96, 3))
+
+    def reach(output_stride):
+        model = nfflax.build(spec, rngs=nnx.Rngs(0), output_stride=output_stride)
+
+        def centre(x):
+            y = model.features(x, [6])[6]
+            return jnp.sum(y[:, y.shape[1] // 2, y.shape[2] // 2])
+
+        seen = np.abs(jax.grad(centre)(x)).sum((0, 2, 3)) > 0
+        return int(seen.sum())
+
+    assert abs(reach(32) - reach(8)) <= 16
+
+
+def test_features_by_level():
+    model = small()
+    every = model.features(images())
+    chosen = model.features(images(), levels=[3, 1])
+    assert list(chosen) == [3, 1]
+    assert all(close(chosen[level], every[level]) for level in chosen)
+    with pytest.raises(ValueError, match=r"no feature level \[9\]: this network has \[1, 2, 3, 4\]"):
+        model.features(images(), levels=[9])
+
+
+def test_features_are_pre_activation():
+    """They lead to the logits by the documented way: activation, pooling, classifier."""
+    model = small()
+    x = images()
+    last = model.features(x)[4]
+    assert float(last.min()) < -0.5  # a GELU never gets there
+    gelu = jax.nn.gelu(last) * 1.7015043497085571
+    assert close(model.forward_head(gelu), model(x))
+    assert close(model.forward_features(x), gelu)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 64), 32])
+def test_any_input_size(size):
+    assert small()(images(size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_any_channel_count(channels):
+    model = nfflax.create(SMALL, in_channels=channels, num_classes=3, rngs=nnx.Rngs(0))
+    assert model(images(channels=channels)).shape == (2, 3)
+    with pytest.raises(AssertionError, match="axis"):
+        model(images(channels=channels + 1))
+
+
+def test_without_classes_it_returns_pooled_features():
+    model = small({"head.num_classes": 0})
+    assert model(images()).shape == (2, model.num_features)
+    assert close(model(images()), model.forward_features(images()).mean((1, 2)))
+
+
+# --- ways to run it ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"unroll": 2}, {"remat": "block"}, {"remat": "conv"}], ids=str)
+def test_unroll_and_remat_change_no_number(how):
+    key = jax.random.key(3)  # with stochastic depth and dropout: the draws are the same too
+    changes = {"regularization.stochastic_depth": 0.5, "head.dropout": 0.3}
+    plain, other = small(changes), small(changes, **how)
+    for a, b in zip(gradients(other, images(), key), gradients(plain, images(), key), strict=True):
+        assert close(a, b) or np.abs(b).max() < 1e-6
+
+
+def test_remat_saves_memory():
+    def temporary(remat):
+        model = small({"stages.depth": [2, 8]}, remat=remat)
+        graph, state = nnx.split(model)
+
+        def loss(state, x):
+            return jnp.sum(nnx.merge(graph, state)(x))
+
+        compiled = jax.jit(jax.grad(loss)).lower(state, images(64, batch=8)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    none, conv, block = (temporary(r) for r in ("none", "conv", "block"))
+    assert block < conv < none
+
+
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
+    model, reference = small(dtype=jnp.bfloat16), small()
+    assert model.features(images())[2].dtype == jnp.bfloat16
+    assert model(images()).dtype == jnp.float32
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    assert close(model.features(images())[4], reference.features(images())[4], 0.05)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="unroll = 0"):
+        small(unroll=0)
+    with pytest.raises(ValueError, match='remat = "all"|remat = \'all\''):
+        small(remat="all")
+    with pytest.raises(ValueError, match="output_stride = 4"):
+        small(output_stride=4)
+
+
+# --- modes and randomness ----------------------------------------------------------------------
+
+
+def test_eval_is_the_default_and_draws_nothing():
+    model = small({"regularization.stochastic_depth": 0.5, "head.dropout": 0.5})
+    assert close(model(images()), model(images(), train=False), 0)
+    model.train()
+    with pytest.raises(ValueError, match=r"rngs=nnx\.Rngs"):
+        model(images())
+    model.eval()
+    assert model(images()).shape == (2, 7)
+
+
+def test_training_draws_from_the_key_alone():
+    changes = {
+        "regularization.stochastic_depth": 0.5,
+        "head.dropout": 0.5,
+        "block.skip_gain": "ones",
+    }
+    model = small(changes)
+    model.train()
+    run = nnx.jit(lambda model, key: model(images(), rngs=key))
+    first, again, other = (run(model, jax.random.key(k)) for k in (0, 0, 1))
+    assert close(first, again, 0)
+    assert not close(first, other, 1e-3)
+    streams = nnx.Rngs(0)
+    assert not close(model(images(), rngs=streams), model(images(), rngs=streams), 1e-3)
+
+
+@pytest.mark.parametrize("scale_by_keep", [False, True])
+def test_stochastic_depth_drops_whole_branches_at_the_planned_rate(scale_by_keep):
+    changes = {
+        "regularization.stochastic_depth": 0.8,
+        "regularization.scale_by_keep": scale_by_keep,
+        "stages.depth": [1, 1],
+        "block.skip_gain": "ones",
+    }
+    model = small(changes)
+    rate = model.plan.blocks[1].drop_rate
+    assert rate == pytest.approx(0.4)
+    x = jnp.broadcast_to(images(8, batch=1), (512, 8, 8, 3))
+    before = model.features(x[:1])
+    after = model.features(x, levels=[3], train=True, rngs=jax.random.key(0))[3]
+    kinds = np.unique(np.asarray(after).reshape(512, -1).round(4), axis=0)
+    assert len(kinds) == 2  # each image keeps its branch or loses all of it
+    is_eval = np.abs(np.asarray(after) - before[3]).max((1, 2, 3)) < 1e-4
+    if scale_by_keep:
+        assert not is_eval.any()
+    else:
+        assert is_eval.mean() == pytest.approx(1 - rate, abs=0.07)
+
+
+# --- initial values and roles ------------------------------------------------------------------
+
+
+def parameters(model):
+    return {
+        ".".join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
+def test_initial_values_follow_the_official_distributions():
+    model = nfflax.build("nfnet_mini", rngs=nnx.Rngs(0))
+    for name, variable in parameters(model).items():
+        value = np.asarray(variable[...], np.float64)
+        if name.endswith(("bias", "skip_gain")):
+            assert not value.any(), name
+        elif name.endswith("gain"):
+            assert (value == 1).all(), name
+        else:
+            stacked = ".rest." in name
+            fan_in = np.prod(value.shape[1:-1] if stacked else value.shape[:-1])
+            std = 0.01 if name.startswith("classifier") else fan_in**-0.5
+            if ".attention." in name:  # Haiku's linear layers: a normal cut at two deviations
+                assert np.abs(value).max() <= 2 * std + 1e-6, name
+                std *= 0.8796256610342398
+            count = value.size
+            assert value.std() == pytest.approx(std, rel=5 / np.sqrt(2 * count) + 1e-3), name
+            assert abs(value.mean()) <= 5 * std / np.sqrt(count), name
+            if count > 10_000 and ".attention." not in name:
+                kurtosis = np.mean((value - value.mean()) ** 4) / value.var() ** 2
+                assert kurtosis == pytest.approx(3, abs=0.25), name
+
+
+def test_initial_values_differ_between_layers_and_seeds():
+    first, second = (parameters(nfflax.build(SMALL, rngs=nnx.Rngs(s))) for s in (0, 1))
+    kernels = [k for k in first if k.endswith("kernel")]
+    assert all(not np.array_equal(first[k][...], second[k][...]) for k in kernels)
+    stacked = first["stages.1.rest.conv1.kernel"][...]
+    assert not np.array_equal(stacked[0], stacked[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "value"),
+    [
+        ({"head.init": "zeros"}, "classifier.kernel", 0),
+        ({"block.skip_gain": "ones"}, "stages.0.first.skip_gain", 1),
+        ({"block.last_gain": "zeros"}, "stages.1.rest.conv2.gain", 0),
+    ],
+)
+def test_initial_values_that_specs_choose(changes, name, value):
+    assert (np.asarray(parameters(small(changes))[name][...]) == value).all()
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_every_parameter_has_a_role(preset):
+    for name, variable in parameters(abstract(preset)).items():
+        role = role_of(variable)
+        assert role is not None, name
+        stacked = ".rest." in name
+        rank = variable.ndim - stacked
+        assert len(role.axes) == rank, name
+        assert role.clip == (name != "classifier.kernel"), name
+        assert role.decay == name.endswith("kernel"), name
+        per_unit = np.prod(variable.shape[stacked:-1]) if rank else 1
+        if rank >= 2 and per_unit > 1:
+            assert role.unit_axes == tuple(range(-rank, -1)), name
+        else:
+            assert role.unit_axes == tuple(range(-rank, 0)), name
+
+
+# --- batch normalisation -----------------------------------------------------------------------
+
+
+def test_batch_normalisation_tracks_statistics_through_the_scan():
+    changes = {"norm.kind": "batch", "numerics.gamma": "none", "block.skip_gain": "none"}
+    models = [small(changes, unroll=u) for u in (1, 2)]
+    x = images(batch=8) * 3 + 1
+    for model in models:
+        logits = nnx.jit(lambda m, x: m(x, train=True, rngs=jax.random.key(0)))(model, x)
+        assert np.isfinite(logits).all()
+    first, second = (nnx.to_pure_dict(nnx.state(m, nnx.BatchStat)) for m in models)
+    assert all(jax.tree.leaves(jax.tree.map(close, first, second)))
+    norm = models[0].stages[1].rest.act0.norm
+    assert norm.mean[...].shape == (2, 64)
+    assert float(jnp.abs(norm.mean[...]).min(0).max()) > 0
+    start = models[0].stages[0].first.act0.norm
+    entering = models[0].stem(x, train=True)[0]
+    np.testing.assert_allclose(start.mean[...], 0.1 * entering.mean((0, 1, 2)), atol=1e-4)
+
+
+def test_a_normalised_network_forgets_the_input_scale():
+    changes = {"norm.kind": "batch", "numerics.gamma": "none", "block.skip_gain": "none"}
+    model = small(changes | {"regularization.stochastic_depth": 0.0})
+    x = images(batch=8)
+    assert close(model(x, train=True), model(10 * x, train=True), 1e-2)
