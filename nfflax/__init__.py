@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from nfflax.nn.roles import role_of as role_of
     from nfflax.spec.errors import SpecError as SpecError
     from nfflax.spec.load import load_spec as load_spec
-    from nfflax.spec.plan import BlockPlan as BlockPlan
-    from nfflax.spec.plan import FeatureInfo as FeatureInfo
+    from nfflax.spec.parts import BlockPlan as BlockPlan
+    from nfflax.spec.parts import FeatureInfo as FeatureInfo
     from nfflax.spec.plan import Plan as Plan
     from nfflax.spec.plan import plan as plan
     from nfflax.spec.presets import list_specs as list_specs
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from nfflax.weights.errors import WeightsError as WeightsError
 
 _MODULE_OF = {
-    "BlockPlan": "nfflax.spec.plan",
-    "FeatureInfo": "nfflax.spec.plan",
+    "BlockPlan": "nfflax.spec.parts",
+    "FeatureInfo": "nfflax.spec.parts",
     "NFNet": "nfflax.nn.net",
     "Plan": "nfflax.spec.plan",
     "Role": "nfflax.nn.roles",

@@ -64,9 +64,8 @@ def add_arguments(parser: Parser) -> None:
     show.add_argument(
         "--output-stride",
         type=int,
-        default=32,
         choices=(8, 16, 32),
-        help="keep later maps large with dilated convolutions (default: 32)",
+        help="keep later maps large with dilated convolutions (default: the spec's own strides)",
     )
     show.add_argument("--blocks", action="store_true", help="one row for every block")
 

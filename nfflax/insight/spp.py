@@ -4,12 +4,14 @@ The plots are those of arXiv:2101.08692, section 3.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from nfflax.nn.net import NFNet
 
 
-def signals(model: NFNet, x_NHWC: jax.Array) -> dict[str, jax.Array]:
+def signals(model: NFNet, x_NHWC: ArrayLike) -> dict[str, jax.Array]:
     """Signal statistics of an eval pass, as arrays over depth.
 
     `avg_sq_mean` and `avg_var` (blocks + 1 entries, the stem first): over channels, the average
@@ -17,7 +19,7 @@ def signals(model: NFNet, x_NHWC: jax.Array) -> dict[str, jax.Array]:
     the average variance at the end of the residual branch, before stochastic depth, skip gain
     and alpha.
     """
-    return _signals(model, x_NHWC)
+    return _signals(model, jnp.asarray(x_NHWC))
 
 
 @nnx.jit

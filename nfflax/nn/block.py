@@ -17,7 +17,7 @@ from nfflax.nn.conv import resolve_padding
 from nfflax.nn.init import ONES, ZEROS
 from nfflax.nn.roles import SCALAR_ROLE, param, vector_role
 from nfflax.nn.wsconv import Conv, WSConv
-from nfflax.spec.plan import BlockPlan
+from nfflax.spec.parts import BlockPlan
 from nfflax.spec.schema import Spec
 
 

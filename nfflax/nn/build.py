@@ -21,7 +21,7 @@ def build(
     dtype: jax.typing.DTypeLike = jnp.float32,
     unroll: int = 1,
     remat: Remat = "none",
-    output_stride: int = 32,
+    output_stride: int | None = None,
 ) -> NFNet:
     """The network of a spec (a preset name, path, dict, Spec) or of a ready Plan.
 

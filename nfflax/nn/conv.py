@@ -264,7 +264,7 @@ def _dense_cpu_backward(strides: Ints, pads: Pads, dilations: Ints, saved, dy: j
 def _padded(
     x: jax.Array, w: jax.Array, pads: Sequence[tuple[int, int]], *, strides: Ints, dilations: Ints
 ) -> jax.Array:
-    """A convolution whose padding may be negative: XLA's fast CPU form reads out of bounds there."""
+    """A convolution with any padding: XLA's fast CPU form reads out of bounds at negative ones."""
     cuts = [(min(0, before), min(0, after), 0) for before, after in pads]
     if any(map(any, cuts)):
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *cuts, (0, 0, 0)])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import ArrayLike
 
 from nfflax.nn.attention import Linear
 from nfflax.nn.block import Activate, BlockSignals, make_conv, map_signals
@@ -20,7 +21,8 @@ from nfflax.nn.conv import Padding, resolve_padding
 from nfflax.nn.init import ZEROS, Init
 from nfflax.nn.stage import Remat, Stage
 from nfflax.nn.wsconv import Conv
-from nfflax.spec.plan import FeatureInfo, Plan
+from nfflax.spec.parts import FeatureInfo
+from nfflax.spec.plan import Plan
 from nfflax.spec.schema import Spec
 
 # Rows of key material that the network draws from, apart from the blocks' positions.
@@ -105,7 +107,7 @@ class NFNet(nnx.Module):
 
     def __call__(
         self,
-        x_NHWC: jax.Array,
+        x_NHWC: ArrayLike,
         *,
         train: bool | None = None,
         rngs: nnx.Rngs | jax.Array | None = None,
@@ -121,7 +123,7 @@ class NFNet(nnx.Module):
 
     def forward_features(
         self,
-        x_NHWC: jax.Array,
+        x_NHWC: ArrayLike,
         *,
         train: bool | None = None,
         rngs: nnx.Rngs | jax.Array | None = None,
@@ -151,7 +153,7 @@ class NFNet(nnx.Module):
 
     def features(
         self,
-        x_NHWC: jax.Array,
+        x_NHWC: ArrayLike,
         levels: Iterable[int] | None = None,
         *,
         train: bool | None = None,
@@ -170,16 +172,17 @@ class NFNet(nnx.Module):
         maps = self._trace(x_NHWC, train, key).maps
         return {level: maps[level] for level in wanted}
 
-    def trace(self, x_NHWC: jax.Array) -> Trace:
+    def trace(self, x_NHWC: ArrayLike) -> Trace:
         """One eval pass with every feature map and the signal statistics of every block."""
         return self._trace(x_NHWC, train=False, key=None, with_signals=True)
 
     def _trace(
-        self, x_NHWC: jax.Array, train: bool, key: jax.Array | None, with_signals: bool = False
+        self, images_NHWC: ArrayLike, train: bool, key: jax.Array | None, with_signals: bool = False
     ) -> Trace:
+        x_NHWC = jnp.asarray(images_NHWC, self.dtype)
         chex.assert_rank(x_NHWC, 4)
         chex.assert_axis_dimension(x_NHWC, -1, self.spec.stem.in_channels)
-        x_NHWC, tap_NHWC = self.stem(x_NHWC.astype(self.dtype), train)
+        x_NHWC, tap_NHWC = self.stem(x_NHWC, train)
         maps, collected = {1: tap_NHWC}, []
         stem_signals = map_signals(x_NHWC) if with_signals else ()
         for level, stage in enumerate(self.stages, start=2):

@@ -13,7 +13,7 @@ from flax import nnx
 
 from nfflax.nn.block import Block, BlockSignals
 from nfflax.nn.wsconv import CONV_OUTPUT
-from nfflax.spec.plan import BlockPlan
+from nfflax.spec.parts import BlockPlan
 from nfflax.spec.schema import Spec
 
 Remat = Literal["none", "block", "conv"]

@@ -10,6 +10,7 @@ from typing import Any
 SHOWN_PROBLEMS = 50  # a message lists no more of them
 _SHOWN_VALUE = 80  # characters of an offending value that a message repeats
 _SHOWN_NAME = 200  # characters of a key or file name
+_ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
 
 
 class _NotGiven(enum.Enum):
@@ -72,10 +73,14 @@ def _plain(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
+    text = ""
     try:
-        text = json.dumps(value, default=str, ensure_ascii=False)
-    except (ValueError, RecursionError, TypeError):
-        text = "(a value too long or too deep to show)"
+        for piece in _ENCODER.iterencode(value):  # lazy: a value may be megabytes long
+            text += piece
+            if len(text) > _SHOWN_VALUE:
+                break
+    except (ValueError, TypeError):  # a number of 5000 digits, a key that is no text
+        text = "(a value that cannot be shown)"
     return _shortened(text, _SHOWN_VALUE)
 
 

@@ -10,71 +10,19 @@ from typing import Any
 
 from nfflax.spec.geometry import bottleneck, rounded_width, stage_width
 from nfflax.spec.load import Source, load_spec
+from nfflax.spec.parts import BlockPlan, ConvPlan, FeatureInfo
 from nfflax.spec.schema import Attention, Spec
 
 Size = tuple[float, float]  # height and width; fractional only while counting multiply-adds
 
 
 @dataclass(frozen=True)
-class ConvPlan:
-    """One convolution and the classifier: shapes, parameters, cost."""
-
-    name: str
-    in_channels: int
-    out_channels: int
-    kernel: int = 1
-    stride: int = 1
-    dilation: int = 1
-    groups: int = 1
-    params: int = 0
-    macs: float = 0.0
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """One residual block: x + alpha * skip_gain * f(beta * activation(x)), and what it costs."""
-
-    name: str
-    index: int
-    stage: int
-    in_channels: int
-    mid_channels: int
-    out_channels: int
-    kernel: int
-    groups: int
-    spatial_convs: int
-    stride: int
-    dilation: int
-    first_dilation: int
-    projection: bool
-    attention_width: int
-    attention_hidden: int
-    expected_variance: float
-    alpha: float
-    beta: float
-    drop_rate: float
-    resolution: tuple[int, int]
-    params: int
-    macs: float
-
-
-@dataclass(frozen=True)
-class FeatureInfo:
-    """One feature level: the pre-activation map that `features()` returns under this level."""
-
-    level: int
-    name: str
-    channels: int
-    stride: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A compiled spec. Costs are for `input_size`; no map's stride exceeds `output_stride`."""
+    """A compiled spec. Costs are for `input_size`; `output_stride` limits every map's stride."""
 
     spec: Spec
     input_size: tuple[int, int]
-    output_stride: int
+    output_stride: int | None
     stem: tuple[ConvPlan, ...]
     blocks: tuple[BlockPlan, ...]
     final_conv: ConvPlan | None
@@ -139,15 +87,15 @@ def plan(
     spec: Source,
     *,
     resolution: int | tuple[int, int] | None = None,
-    output_stride: int = 32,
+    output_stride: int | None = None,
 ) -> Plan:
     """Compile a spec. Costs are at `resolution`, by default the spec's test resolution.
 
     `output_stride` 8 or 16 keeps later maps large: from there on strides become dilations, with
-    the same parameters (timm's convention).
+    the same parameters (timm's convention). By default every stride is as the spec has it.
     """
     spec = load_spec(spec)
-    if output_stride not in (8, 16, 32):
+    if output_stride not in (None, 8, 16, 32):
         raise ValueError(f"output_stride = {output_stride}: allowed are 8, 16 and 32")
     size = _size(spec.resolution.test if resolution is None else resolution)
     return _Compiler(spec, size, output_stride).compile()
@@ -163,7 +111,7 @@ def _size(resolution: int | tuple[int, int]) -> tuple[int, int]:
 class _Compiler:
     """Walks the network from the image to the classifier, carrying width, size and variance."""
 
-    def __init__(self, spec: Spec, input_size: tuple[int, int], output_stride: int):
+    def __init__(self, spec: Spec, input_size: tuple[int, int], output_stride: int | None):
         self.spec, self.input_size, self.output_stride = spec, input_size, output_stride
         self.normed = spec.norm.kind == "batch"
         self.size: Size = (float(input_size[0]), float(input_size[1]))
@@ -247,7 +195,7 @@ class _Compiler:
         projection = stride > 1 or in_channels != out_channels
         kernel, name = stages.kernel[stage], f"stages.{stage}.blocks.{position}"
         first_dilation = self.dilation
-        if stride > 1 and self.stride * stride > self.output_stride:
+        if stride > 1 and self.stride * stride > (self.output_stride or math.inf):
             self.dilation *= stride
             stride = 1
         # Only the first half of a dilated stage's first block still sees the old spacing.

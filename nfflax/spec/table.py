@@ -19,7 +19,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
-from nfflax.spec.plan import BlockPlan, ConvPlan, Plan
+from nfflax.spec.parts import BlockPlan, ConvPlan
+from nfflax.spec.plan import Plan
 
 # What a narrow table gives up, in this order: columns, and three things that are no columns.
 _CONCESSIONS = "bar air hidden digits alpha share drop stride beta map what channels".split()
@@ -232,7 +233,7 @@ class _PlanView:
         plan, spec = self.plan, self.plan.spec
         numerics, attention = spec.numerics, spec.attention
         yield f"{_by(*plan.input_size)} input"
-        if plan.output_stride != 32:
+        if plan.output_stride:
             yield f"output stride {plan.output_stride}"
         gamma = {"activation": ", γ on its output", "conv": ", γ in every kernel", "none": ""}
         yield numerics.activation + gamma[numerics.gamma]

@@ -68,6 +68,8 @@ def test_output_variance_is_one(name):
 def test_gelu_is_the_tanh_form_and_gelu_exact_the_erf_form():
     z = np.linspace(-4, 4, 101)
     exact = np.array([x * (1 + ERF(x / math.sqrt(2))) / 2 for x in z])
-    np.testing.assert_allclose(get_activation("gelu_exact").function(jnp.asarray(z)), exact, atol=1e-6)
+    np.testing.assert_allclose(
+        get_activation("gelu_exact").function(jnp.asarray(z)), exact, atol=1e-6
+    )
     difference = np.abs(np.asarray(get_activation("gelu").function(jnp.asarray(z))) - exact).max()
     assert 1e-4 < difference < 1e-3

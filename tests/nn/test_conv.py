@@ -1,4 +1,4 @@
-"""The lowering of convolutions: each platform's form equals XLA's own, gradients and shards included."""
+"""Each platform's form of a convolution equals XLA's own, gradients and shards included."""
 
 import itertools
 
@@ -86,9 +86,7 @@ def test_equals_xla(rank, kernel, stride, dilation, groups, padding, size):
 def test_explicit_padding_is_taken_as_given():
     x, w = operands(2, 3, 1, 6)
     found = conv_function(x, w, padding=[(0, 2), (1, 0)])
-    wanted = lax.conv_general_dilated(
-        x, w, (1, 1), [(0, 2), (1, 0)], dimension_numbers=LAYOUT[2]
-    )
+    wanted = lax.conv_general_dilated(x, w, (1, 1), [(0, 2), (1, 0)], dimension_numbers=LAYOUT[2])
     assert_close(found, wanted)
 
 
@@ -113,9 +111,7 @@ def test_works_under_vmap_scan_and_second_derivatives():
 
     assert_close(
         curvature(lambda x, w: conv_function(x, w, groups=2)),
-        curvature(
-            lambda x, w: reference(x, w, stride=1, dilation=1, groups=2, padding="same")
-        ),
+        curvature(lambda x, w: reference(x, w, stride=1, dilation=1, groups=2, padding="same")),
         tolerance=1e-5,
     )
 
@@ -169,7 +165,9 @@ def sharded_gradients(f, x, w, mesh, batch, output):
         )(jax.device_put(x, x_sharding), jax.device_put(w, w_sharding))
 
 
-@pytest.mark.parametrize(("groups", "shape"), [*((4, m) for m in MESHES), (2, (2, 2, 2)), (16, (1, 2, 4))])
+@pytest.mark.parametrize(
+    ("groups", "shape"), [*((4, m) for m in MESHES), (2, (2, 2, 2)), (16, (1, 2, 4))]
+)
 @pytest.mark.parametrize("form", [conv_function, general], ids=["cpu", "general"])
 def test_grouped_gradients_equal_one_devices(form, groups, shape):
     """The plain grouped convolution fails this silently, by the size of an idle mesh axis."""
@@ -181,9 +179,7 @@ def test_grouped_gradients_equal_one_devices(form, groups, shape):
     )
     mesh = make_mesh(shape)
     for batch, output in itertools.product(BATCHES, OUTPUTS):
-        found = sharded_gradients(
-            lambda x, w: form(x, w, groups=groups), x, w, mesh, batch, output
-        )
+        found = sharded_gradients(lambda x, w: form(x, w, groups=groups), x, w, mesh, batch, output)
         assert_close(found, wanted, tolerance=1e-5)
 
 

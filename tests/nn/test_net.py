@@ -80,7 +80,7 @@ def test_output_stride_keeps_every_parameter(output_stride):
 
 
 def test_a_dilated_network_sees_the_same_neighbours():
-    """With unit-stride transitions and dilations, a block's receptive field in pixels is the same."""
+    """With dilations in place of strides the receptive field in pixels is nearly the same."""
     spec = nfflax.load_spec(
         {
             "extends": "nf_resnet",
@@ -113,7 +113,9 @@ def test_features_by_level():
     chosen = model.features(images(), levels=[3, 1])
     assert list(chosen) == [3, 1]
     assert all(close(chosen[level], every[level]) for level in chosen)
-    with pytest.raises(ValueError, match=r"no feature level \[9\]: this network has \[1, 2, 3, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"no feature level \[9\]: this network has \[1, 2, 3, 4\]"
+    ):
         model.features(images(), levels=[9])
 
 
@@ -168,7 +170,9 @@ def test_remat_saves_memory():
             return jnp.sum(nnx.merge(graph, state)(x))
 
         compiled = jax.jit(jax.grad(loss)).lower(state, images(64, batch=8)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     none, conv, block = (temporary(r) for r in ("none", "conv", "block"))
     assert block < conv < none
@@ -185,7 +189,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="unroll = 0"):
         small(unroll=0)
-    with pytest.raises(ValueError, match='remat = "all"|remat = \'all\''):
+    with pytest.raises(ValueError, match="remat = 'all'"):
         small(remat="all")
     with pytest.raises(ValueError, match="output_stride = 4"):
         small(output_stride=4)
@@ -325,12 +329,12 @@ def test_batch_normalisation_tracks_statistics_through_the_scan():
         assert np.isfinite(logits).all()
     first, second = (nnx.to_pure_dict(nnx.state(m, nnx.BatchStat)) for m in models)
     assert all(jax.tree.leaves(jax.tree.map(close, first, second)))
-    norm = models[0].stages[1].rest.act0.norm
-    assert norm.mean[...].shape == (2, 64)
-    assert float(jnp.abs(norm.mean[...]).min(0).max()) > 0
-    start = models[0].stages[0].first.act0.norm
+    assert first["stages"][1]["rest"]["act0"]["norm"]["mean"].shape == (2, 64)
+    for layer in range(2):  # every layer of the stack has seen its own input
+        assert np.abs(first["stages"][1]["rest"]["act0"]["norm"]["mean"][layer]).min() > 0
+    start = first["stages"][0]["first"]["act0"]["norm"]["mean"]
     entering = models[0].stem(x, train=True)[0]
-    np.testing.assert_allclose(start.mean[...], 0.1 * entering.mean((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(start, 0.1 * entering.mean((0, 1, 2)), atol=1e-4)
 
 
 def test_a_normalised_network_forgets_the_input_scale():

@@ -55,7 +55,7 @@ def smoothed_loss(logits, labels):
 @pytest.mark.parametrize("unroll", [1, 4])
 @pytest.mark.parametrize("remat", ["none", "block", "conv"])
 def test_loss_and_every_gradient_equal_the_official_ones(unroll, remat):
-    wanted = golden("train_nfnet_tiny")
+    wanted = golden("train_nfnet_tiny.npz")
     model = official_model(TINY, unroll=unroll, remat=remat)
     images, labels = wanted["images0"], wanted["labels0"]
 
@@ -94,7 +94,7 @@ def test_loss_and_every_gradient_equal_the_official_ones(unroll, remat):
 @pytest.mark.parametrize("unroll", [1, 6])
 @pytest.mark.parametrize(("file", "preset", "changes"), OFFICIAL)
 def test_forward_and_signals_equal_the_official_ones(file, preset, changes, unroll):
-    wanted = golden(file)
+    wanted = golden(f"{file}.npz")
     model = official_model(nfflax.load_spec(preset, changes), unroll=unroll)
     for case in sorted({k.removeprefix("logits_") for k in wanted if k.startswith("logits_")}):
         images = formula_input((len(wanted[f"logits_{case}"]), *image_size(case), 3))
@@ -114,7 +114,7 @@ def image_size(case: str) -> tuple[int, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dm_nfnet_f0", "nf_resnet50", "nfnet_l0"])
 def test_timm_presets_equal_timm(name):
-    wanted = golden(f"timm_{name}")
+    wanted = golden(f"timm_{name}.npz")
     model = nfflax.build(f"timm_{name}", rngs=nnx.Rngs(0))
     nfflax.weights.load_timm(model, timm_formula_state(model))
     for case in (64, 96):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import nfflax
 from nfflax.nn import role_of
 
-# Every kind of layer: both attentions have their own net; grouped, pointwise, pooled shortcut, head.
+# With KINDS, every kind of layer: grouped, dense, pointwise, pooled, attentions, norm, head.
 SPEC = {
     "extends": "nfnet",
     "name": "sharded",

@@ -9,7 +9,7 @@ from flax import nnx
 import nfflax
 from nfflax.spec.activations import PUBLISHED_GAMMAS
 
-# NF-ResNet: strided shortcuts and no attention, so nothing in the architecture departs from the plan.
+# NF-ResNet: strided shortcuts and no attention, so nothing departs from the plan.
 PLAIN = {
     "extends": "nf_resnet",
     "name": "plain",
@@ -51,9 +51,7 @@ def test_signals_are_those_of_the_maps():
     ends = np.cumsum(model.spec.stages.depth)
     for level, end in enumerate(ends, start=2):
         map_NHWC = np.asarray(maps[level], np.float64)
-        np.testing.assert_allclose(
-            found["avg_var"][end], map_NHWC.var((0, 1, 2)).mean(), rtol=1e-5
-        )
+        np.testing.assert_allclose(found["avg_var"][end], map_NHWC.var((0, 1, 2)).mean(), rtol=1e-5)
         np.testing.assert_allclose(
             found["avg_sq_mean"][end], (map_NHWC.mean((0, 1, 2)) ** 2).mean(), rtol=1e-4
         )

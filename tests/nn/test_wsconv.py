@@ -60,7 +60,9 @@ def test_layers_of_every_rank_keep_unit_variance(rank):
     assert y.shape == (*x.shape[:-1], 128)
     inner = y[(slice(None), *(slice(1, -1),) * rank)]  # away from the zero padding
     assert float(jnp.var(inner)) == pytest.approx(1, rel=0.05)
-    assert role_of(layer.kernel).unit_axes == tuple(range(-rank - 2, -1))
+    role = role_of(layer.kernel)
+    assert role is not None
+    assert role.unit_axes == tuple(range(-rank - 2, -1))
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(4, 2), (3, 2), (2, 2), (3, 1), (2, 3), (5, 2)])

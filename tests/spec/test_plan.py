@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from nfflax.spec.load import load_spec
-from nfflax.spec.plan import BlockPlan, Plan, plan
+from nfflax.spec.parts import BlockPlan
+from nfflax.spec.plan import Plan, plan
 from nfflax.spec.presets import list_specs
 from nfflax.spec.schema import Spec
 
@@ -238,6 +239,22 @@ def test_output_stride_trades_strides_for_dilation(
     for block, other in zip(dilated.blocks, usual.blocks, strict=True):
         for field in {f.name for f in dataclasses.fields(BlockPlan)} - untouched:
             assert getattr(block, field) == getattr(other, field), field
+
+
+def test_by_default_every_stride_is_the_specs():
+    """Also beyond 32, where a default limit would silently dilate the last stages."""
+    spec = {
+        "extends": "nf_resnet",
+        "name": "deep",
+        "stages": {"depth": 1, "width": [64, 64, 64, 64, 64], "stride": [1, 2, 2, 2, 2]},
+    }
+    deep = plan(spec, resolution=256)
+    assert [b.stride for b in deep.blocks] == [1, 2, 2, 2, 2]
+    assert {b.dilation for b in deep.blocks} == {1}
+    assert deep.feature_info[-1].stride == 64
+    limited = plan(spec, resolution=256, output_stride=32)
+    assert limited.feature_info[-1].stride == 32
+    assert limited.blocks[-1].dilation == 2
 
 
 @pytest.mark.parametrize("output_stride", [0, 4, 12, 64])
