@@ -42,6 +42,10 @@ def main(name: str = "nfnet_tiny") -> None:
         measured = float(signals["avg_var"][i + 1]), float(signals["res_avg_var"][i])
         depth.add_row(block.name, f"{block.expected_variance:.2f}", *(f"{m:.2f}" for m in measured))
     console.print(depth)
+    console.print(
+        "Measured on white noise. Average-pooled shortcuts divide its variance by four at each\n"
+        "stride, which the plan leaves out: see docs/signal-propagation.md."
+    )
     console.print(f"\nNext: [bold]nfflax spec show {name}[/], or write your own spec (README.md).")
 
 

@@ -11,7 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfflax.spec.activations import PUBLISHED_GAMMAS, add_activation_name
+from nfflax.spec.activations import (
+    PUBLISHED_GAMMAS,
+    QUADRATURE_GAMMAS,
+    add_activation_name,
+)
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -47,8 +51,6 @@ def register_activation(name: str, function: Function, gamma: float | None = Non
 
 def get_activation(name: str) -> Activation:
     """The activation called `name`."""
-    if name not in _registry and name in _BY_QUADRATURE:
-        register_activation(name, _BY_QUADRATURE[name])
     return _registry[name]
 
 
@@ -89,18 +91,17 @@ def gamma_of(function: Function, tolerance: float = 1e-12) -> float:
     return variance**-0.5
 
 
-# Found when first asked for, so that importing costs nothing.
-_BY_QUADRATURE: dict[str, Function] = {"mish": jax.nn.mish, "hard_swish": jax.nn.hard_swish}
-
 for _name, _function in {
     "identity": _identity,
     "celu": jax.nn.celu,
     "elu": jax.nn.elu,
     "gelu": jax.nn.gelu,
     "gelu_exact": _gelu_exact,
+    "hard_swish": jax.nn.hard_swish,
     "leaky_relu": jax.nn.leaky_relu,
     "log_sigmoid": jax.nn.log_sigmoid,
     "log_softmax": jax.nn.log_softmax,
+    "mish": jax.nn.mish,
     "relu": jax.nn.relu,
     "relu6": jax.nn.relu6,
     "selu": jax.nn.selu,
@@ -110,4 +111,4 @@ for _name, _function in {
     "softplus": jax.nn.softplus,
     "tanh": jnp.tanh,
 }.items():
-    register_activation(_name, _function, PUBLISHED_GAMMAS[_name])
+    register_activation(_name, _function, (PUBLISHED_GAMMAS | QUADRATURE_GAMMAS)[_name])

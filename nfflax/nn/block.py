@@ -6,6 +6,7 @@ block has is in its BlockPlan; where implementations differ is in the spec's `nu
 
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,7 +40,9 @@ class Activate(nnx.Module):
 
     def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
         if self.norm is not None:
-            x_NHWC = self.norm(x_NHWC, use_running_average=not train)
+            # In float32, as its statistics; then back to the compute dtype.
+            normed_NHWC = self.norm(x_NHWC, use_running_average=not train)
+            x_NHWC = normed_NHWC.astype(x_NHWC.dtype)
         activation = get_activation(self.name)
         y_NHWC = activation.function(x_NHWC)
         return y_NHWC * activation.gamma if self.scaled else y_NHWC
@@ -101,16 +104,15 @@ class Block(nnx.Module):
 
     def __init__(self, plan: BlockPlan, spec: Spec, *, rngs: nnx.Rngs):
         mid, out = plan.mid_channels, plan.out_channels
-        self.pool_stride = 1
-        if plan.projection:
-            pooled = spec.stages.shortcut == "avgpool+1x1"
-            self.conv_shortcut = make_conv(
-                spec, plan.in_channels, out, stride=1 if pooled else plan.stride, rngs=rngs
-            )
-            self.pool_stride = plan.stride if pooled else 1
-        self.has_projection = plan.projection
+        pooled = plan.projection and spec.stages.shortcut == "avgpool+1x1"
+        self.pool_stride = plan.stride if pooled else 1
         # A stride that became a dilation still averages neighbours, at full resolution (timm).
-        self.pool_window = 2 if plan.dilation != plan.first_dilation else self.pool_stride
+        dilates = plan.dilation != plan.first_dilation
+        self.pool_window = 2 if pooled and dilates else self.pool_stride
+        self.has_projection = plan.projection
+        if plan.projection:
+            stride = 1 if pooled else plan.stride
+            self.conv_shortcut = make_conv(spec, plan.in_channels, out, stride=stride, rngs=rngs)
         self.act0 = Activate(spec, plan.in_channels, rngs=rngs)
         self.conv0 = make_conv(spec, plan.in_channels, mid, out_axis="mid_out", rngs=rngs)
         self.act1 = Activate(spec, mid, axis="mid_out", rngs=rngs)
@@ -215,9 +217,9 @@ def average_pool(x_NHWC: jax.Array, window: int, stride: int) -> jax.Array:
     pads = resolve_padding("same", x_NHWC.shape[1:3], (window, window), (stride, stride), (1, 1))
     height, width = x_NHWC.shape[1:3]
     if stride == window and height % stride == 0 and width % stride == 0:
-        n, h, w, c = x_NHWC.shape  # whole windows: a plain mean, far faster than a window reduction
-        tiles = x_NHWC.reshape(n, h // stride, stride, w // stride, stride, c)
-        return jnp.mean(tiles, axis=(2, 4))
+        # Whole windows are a plain mean, which is faster than a window reduction.
+        tiles = "n (h p) (w q) c -> n h w c"
+        return einops.reduce(x_NHWC, tiles, "mean", p=stride, q=stride)
 
     def summed(x: jax.Array) -> jax.Array:
         dims, strides = (1, window, window, 1), (1, stride, stride, 1)

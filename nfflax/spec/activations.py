@@ -25,10 +25,16 @@ PUBLISHED_GAMMAS: dict[str, float] = {
     "tanh": 1.5939117670059204,
 }
 
+# The same for names that have no published number: `nfflax.gamma_of` of each.
+QUADRATURE_GAMMAS: dict[str, float] = {
+    "hard_swish": 1.8138714738131827,
+    "mish": 1.592025381099446,
+}
+
 # Other names under which people look for the same function.
 SYNONYMS = {"swish": "silu", "gelu_tanh": "gelu", "gelu_erf": "gelu_exact", "softsign": "soft_sign"}
 
-_names = {*PUBLISHED_GAMMAS, "mish", "hard_swish"}
+_names = {*PUBLISHED_GAMMAS, *QUADRATURE_GAMMAS}
 
 
 def activation_names() -> tuple[str, ...]:

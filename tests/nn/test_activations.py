@@ -9,7 +9,7 @@ import pytest
 
 import nfflax
 from nfflax.nn.activations import get_activation
-from nfflax.spec.activations import PUBLISHED_GAMMAS, activation_names
+from nfflax.spec.activations import PUBLISHED_GAMMAS, QUADRATURE_GAMMAS, activation_names
 
 ERF = math.erf
 
@@ -38,6 +38,13 @@ def test_published_gammas_are_verbatim_and_near_the_exact_ones(name):
     activation = get_activation(name)
     assert activation.gamma == PUBLISHED_GAMMAS[name]
     assert activation.gamma == pytest.approx(nfflax.gamma_of(activation.function), rel=1.5e-3)
+
+
+@pytest.mark.parametrize("name", QUADRATURE_GAMMAS)
+def test_other_gammas_are_exact(name):
+    activation = get_activation(name)
+    assert activation.gamma == QUADRATURE_GAMMAS[name]
+    assert activation.gamma == pytest.approx(nfflax.gamma_of(activation.function), rel=1e-9)
 
 
 def test_a_registered_activation_works_in_a_spec():

@@ -163,19 +163,25 @@ def test_unroll_and_remat_change_no_number(how):
 
 def test_remat_saves_memory():
     def temporary(remat):
-        model = small({"stages.depth": [2, 8]}, remat=remat)
+        model = small({"stages.depth": [1, 6]}, remat=remat)
         graph, state = nnx.split(model)
 
         def loss(state, x):
             return jnp.sum(nnx.merge(graph, state)(x))
 
-        compiled = jax.jit(jax.grad(loss)).lower(state, images(64, batch=8)).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(state, images(32, batch=8)).compile()
         analysis = compiled.memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes
 
     none, conv, block = (temporary(r) for r in ("none", "conv", "block"))
     assert block < conv < none
+
+
+def test_batch_normalisation_keeps_the_compute_dtype():
+    changes = {"norm.kind": "batch", "numerics.gamma": "none", "block.skip_gain": "none"}
+    model = small(changes, dtype=jnp.bfloat16)
+    assert {m.dtype for m in model.features(images()).values()} == {jnp.dtype("bfloat16")}
 
 
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
