@@ -14,7 +14,7 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from nfflax.nn import conv
+from nfflax.nn.conv import conv
 
 # name, map size, channels, groups: stage 2 and 3 of F0 at 192 px, stage 3 of B0 at 192 px.
 CASES = [("F0 stage 1", 24, 256, 2), ("F0 stage 2", 12, 768, 6), ("B0 stage 2", 12, 344, 43)]

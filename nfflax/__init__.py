@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from nfflax.insight.spp import signals as signals
     from nfflax.nn.activations import gamma_of as gamma_of
     from nfflax.nn.activations import register_activation as register_activation
-    from nfflax.nn.build import build as build
-    from nfflax.nn.build import create as create
+    from nfflax.nn.builder import build as build
+    from nfflax.nn.builder import create as create
     from nfflax.nn.net import NFNet as NFNet
     from nfflax.nn.roles import Role as Role
     from nfflax.nn.roles import role_of as role_of
@@ -36,8 +36,8 @@ _MODULE_OF = {
     "Spec": "nfflax.spec.schema",
     "SpecError": "nfflax.spec.errors",
     "WeightsError": "nfflax.weights.errors",
-    "build": "nfflax.nn.build",
-    "create": "nfflax.nn.build",
+    "build": "nfflax.nn.builder",
+    "create": "nfflax.nn.builder",
     "gamma_of": "nfflax.nn.activations",
     "list_specs": "nfflax.spec.presets",
     "load_spec": "nfflax.spec.load",

@@ -5,7 +5,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from nfflax.cli import Parser, display, print_json
+from nfflax.cli import Parser, console, display, print_json
 from nfflax.spec.errors import Problem, SpecError, nearest
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def _check(args: argparse.Namespace) -> None:
 
     from nfflax.spec.plan import plan
 
-    good, problems = _table(), {}
-    good.show_header = False
+    problems = {}
     for file in args.files:
         try:
             costs = _costs(plan(file))
@@ -135,10 +134,9 @@ def _check(args: argparse.Namespace) -> None:
             problems |= {str(problem): problem for problem in error.problems}
             continue
         params, macs = _human(costs)
-        facts = f"{params} params", f"{macs} MACs at {costs['resolution']}"
-        good.add_row(Text("ok", "bold green"), Text(file, overflow="fold"), *facts)
-    if good.rows:
-        display(good)
+        facts = f"  {file}  {params} params, {macs} MACs at {costs['resolution']}"
+        line = Text.assemble(("ok", "bold green"), facts)
+        console().print(line, soft_wrap=True)  # one line per file, however long its path
     if problems:
         raise SpecError(list(problems.values()))
 

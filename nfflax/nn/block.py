@@ -4,6 +4,7 @@ f is 1x1, one or two grouped kxk, 1x1, with channel attention after or inside. W
 block has is in its BlockPlan; where implementations differ is in the spec's `numerics`.
 """
 
+import functools
 from typing import NamedTuple
 
 import einops
@@ -116,32 +117,22 @@ class Block(nnx.Module):
         self.act0 = Activate(spec, plan.in_channels, rngs=rngs)
         self.conv0 = make_conv(spec, plan.in_channels, mid, out_axis="mid_out", rngs=rngs)
         self.act1 = Activate(spec, mid, axis="mid_out", rngs=rngs)
-        self.conv1 = make_conv(
+        spatial_conv = functools.partial(
+            make_conv,
             spec,
             mid,
             mid,
             plan.kernel,
-            plan.stride,
             groups=plan.groups,
-            dilation=plan.first_dilation,
             in_axis="group_in",
             out_axis="mid_out",
             rngs=rngs,
         )
+        self.conv1 = spatial_conv(stride=plan.stride, dilation=plan.first_dilation)
         self.has_second_conv = plan.spatial_convs == 2
         if self.has_second_conv:
             self.act1b = Activate(spec, mid, axis="mid_out", rngs=rngs)
-            self.conv1b = make_conv(
-                spec,
-                mid,
-                mid,
-                plan.kernel,
-                groups=plan.groups,
-                dilation=plan.dilation,
-                in_axis="group_in",
-                out_axis="mid_out",
-                rngs=rngs,
-            )
+            self.conv1b = spatial_conv(dilation=plan.dilation)
         self.act2 = Activate(spec, mid, axis="mid_out", rngs=rngs)
         zero_gain = spec.block.last_gain == "zeros"
         self.conv2 = make_conv(spec, mid, out, in_axis="mid_in", zero_gain=zero_gain, rngs=rngs)

@@ -17,6 +17,7 @@ SMALL = {
     "head": {"num_classes": 7},
     "resolution": {"train": 32, "test": 32},
 }
+KEY = jax.random.key(0)
 FAMILIES = ["nfnet_f0", "nf_regnet_b0", "nf_seresnet50", "timm_eca_nfnet_l0", "resnet50_bn"]
 
 
@@ -37,6 +38,11 @@ def images(size=32, channels=3, batch=2):
 def close(a, b, tolerance=1e-5):
     a, b = np.asarray(a), np.asarray(b)
     return np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+# Compiled once per network: run op by op, each operation would compile alone.
+logits_of = nnx.jit(lambda model, x: model(x))
+features_of = nnx.jit(lambda model, x: model.features(x))
 
 
 def gradients(model, x, key=None):
@@ -101,7 +107,7 @@ def test_a_dilated_network_sees_the_same_neighbours():
             y = model.features(x, [6])[6]
             return jnp.sum(y[:, y.shape[1] // 2, y.shape[2] // 2])
 
-        seen = np.abs(jax.grad(centre)(x)).sum((0, 2, 3)) > 0
+        seen = np.abs(jax.jit(jax.grad(centre))(x)).sum((0, 2, 3)) > 0
         return int(seen.sum())
 
     assert abs(reach(32) - reach(8)) <= 16
@@ -109,9 +115,9 @@ def test_a_dilated_network_sees_the_same_neighbours():
 
 def test_features_by_level():
     model = small()
-    every = model.features(images())
-    chosen = model.features(images(), levels=[3, 1])
-    assert list(chosen) == [3, 1]
+    every = features_of(model, images())
+    chosen = nnx.jit(lambda model, x: model.features(x, levels=[3, 1]))(model, images())
+    assert sorted(chosen) == [1, 3]
     assert all(close(chosen[level], every[level]) for level in chosen)
     with pytest.raises(
         ValueError, match=r"no feature level \[9\]: this network has \[1, 2, 3, 4\]"
@@ -123,41 +129,50 @@ def test_features_are_pre_activation():
     """They lead to the logits by the documented way: activation, pooling, classifier."""
     model = small()
     x = images()
-    last = model.features(x)[4]
+    last = features_of(model, x)[4]
     assert float(last.min()) < -0.5  # a GELU never gets there
     gelu = jax.nn.gelu(last) * 1.7015043497085571
-    assert close(model.forward_head(gelu), model(x))
-    assert close(model.forward_features(x), gelu)
+    assert close(model.forward_head(gelu), logits_of(model, x))
+    assert close(nnx.jit(lambda model, x: model.forward_features(x))(model, x), gelu)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 64), 32])
 def test_any_input_size(size):
-    assert small()(images(size)).shape == (2, 7)
+    assert jax.eval_shape(lambda m, x: m(x), abstract(SMALL), images(size)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_any_channel_count(channels):
     model = nfflax.create(SMALL, in_channels=channels, num_classes=3, rngs=nnx.Rngs(0))
-    assert model(images(channels=channels)).shape == (2, 3)
+    assert logits_of(model, images(channels=channels)).shape == (2, 3)
     with pytest.raises(AssertionError, match="axis"):
         model(images(channels=channels + 1))
 
 
 def test_without_classes_it_returns_pooled_features():
     model = small({"head.num_classes": 0})
-    assert model(images()).shape == (2, model.num_features)
-    assert close(model(images()), model.forward_features(images()).mean((1, 2)))
+    pooled = logits_of(model, images())
+    assert pooled.shape == (2, model.num_features)
+    final = nnx.jit(lambda model, x: model.forward_features(x))(model, images())
+    assert close(pooled, final.mean((1, 2)))
 
 
 # --- ways to run it ----------------------------------------------------------------------------
 
 
+RANDOM = {"regularization.stochastic_depth": 0.5, "head.dropout": 0.3}
+
+
+@pytest.fixture(scope="module")
+def plain_gradients():
+    return gradients(small(RANDOM), images(), jax.random.key(3))
+
+
 @pytest.mark.parametrize("how", [{"unroll": 2}, {"remat": "block"}, {"remat": "conv"}], ids=str)
-def test_unroll_and_remat_change_no_number(how):
-    key = jax.random.key(3)  # with stochastic depth and dropout: the draws are the same too
-    changes = {"regularization.stochastic_depth": 0.5, "head.dropout": 0.3}
-    plain, other = small(changes), small(changes, **how)
-    for a, b in zip(gradients(other, images(), key), gradients(plain, images(), key), strict=True):
+def test_unroll_and_remat_change_no_number(how, plain_gradients):
+    """Stochastic depth and dropout draw the same, too."""
+    found = gradients(small(RANDOM, **how), images(), jax.random.key(3))
+    for a, b in zip(found, plain_gradients, strict=True):
         assert close(a, b) or np.abs(b).max() < 1e-6
 
 
@@ -178,18 +193,20 @@ def test_remat_saves_memory():
     assert block < conv < none
 
 
-def test_batch_normalisation_keeps_the_compute_dtype():
-    changes = {"norm.kind": "batch", "numerics.gamma": "none", "block.skip_gain": "none"}
-    model = small(changes, dtype=jnp.bfloat16)
-    assert {m.dtype for m in model.features(images()).values()} == {jnp.dtype("bfloat16")}
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_every_family_keeps_the_compute_dtype(preset):
+    model = abstract(preset, dtype=jnp.bfloat16)
+    maps = jax.eval_shape(lambda m, x: m.features(x, train=True, rngs=KEY), model, images(64))
+    assert {m.dtype for m in maps.values()} == {jnp.dtype("bfloat16")}
 
 
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     model, reference = small(dtype=jnp.bfloat16), small()
-    assert model.features(images())[2].dtype == jnp.bfloat16
-    assert model(images()).dtype == jnp.float32
+    assert logits_of(model, images()).dtype == jnp.float32
     assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
-    assert close(model.features(images())[4], reference.features(images())[4], 0.05)
+    maps, wanted = features_of(model, images()), features_of(reference, images())
+    assert maps[2].dtype == jnp.bfloat16
+    assert close(maps[4].astype(jnp.float32), wanted[4], 0.05)
 
 
 def test_bad_arguments_are_named():
@@ -206,12 +223,14 @@ def test_bad_arguments_are_named():
 
 def test_eval_is_the_default_and_draws_nothing():
     model = small({"regularization.stochastic_depth": 0.5, "head.dropout": 0.5})
-    assert close(model(images()), model(images(), train=False), 0)
+    evaluated = logits_of(model, images())
+    explicit = nnx.jit(lambda model, x: model(x, train=False))(model, images())
+    assert close(evaluated, explicit, 0)
     model.train()
     with pytest.raises(ValueError, match=r"rngs=nnx\.Rngs"):
         model(images())
     model.eval()
-    assert model(images()).shape == (2, 7)
+    assert close(logits_of(model, images()), evaluated, 0)
 
 
 def test_training_draws_from_the_key_alone():
@@ -226,8 +245,9 @@ def test_training_draws_from_the_key_alone():
     first, again, other = (run(model, jax.random.key(k)) for k in (0, 0, 1))
     assert close(first, again, 0)
     assert not close(first, other, 1e-3)
-    streams = nnx.Rngs(0)
-    assert not close(model(images(), rngs=streams), model(images(), rngs=streams), 1e-3)
+    streams = nnx.Rngs(0)  # each call draws anew from the stream
+    draw = nnx.jit(lambda model, rngs: model(images(), rngs=rngs))
+    assert not close(draw(model, streams), draw(model, streams), 1e-3)
 
 
 @pytest.mark.parametrize("scale_by_keep", [False, True])
@@ -242,8 +262,9 @@ def test_stochastic_depth_drops_whole_branches_at_the_planned_rate(scale_by_keep
     rate = model.plan.blocks[1].drop_rate
     assert rate == pytest.approx(0.4)
     x = jnp.broadcast_to(images(8, batch=1), (512, 8, 8, 3))
-    before = model.features(x[:1])
-    after = model.features(x, levels=[3], train=True, rngs=jax.random.key(0))[3]
+    before = features_of(model, x[:1])
+    train = nnx.jit(lambda model, x, key: model.features(x, [3], train=True, rngs=key))
+    after = train(model, x, jax.random.key(0))[3]
     kinds = np.unique(np.asarray(after).reshape(512, -1).round(4), axis=0)
     assert len(kinds) == 2  # each image keeps its branch or loses all of it
     is_eval = np.abs(np.asarray(after) - before[3]).max((1, 2, 3)) < 1e-4
@@ -347,4 +368,5 @@ def test_a_normalised_network_forgets_the_input_scale():
     changes = {"norm.kind": "batch", "numerics.gamma": "none", "block.skip_gain": "none"}
     model = small(changes | {"regularization.stochastic_depth": 0.0})
     x = images(batch=8)
-    assert close(model(x, train=True), model(10 * x, train=True), 1e-2)
+    train = nnx.jit(lambda model, x: model(x, train=True))
+    assert close(train(model, x), train(model, 10 * x), 1e-2)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nfflax.nn import WSConv, WSConvTranspose, role_of
 from nfflax.nn.wsconv import standardize
 
 
+@settings(max_examples=25)
 @given(
     shape=st.tuples(*[st.integers(1, 3)] * 2, st.integers(2, 6), st.integers(1, 5)),
     scale=st.floats(0.01, 100),
