@@ -4,7 +4,7 @@ One parameter layout serves every depth and every way to run it: `unroll` and re
 program, never the parameters. Compile time does not grow with depth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -56,10 +56,9 @@ class Stage(nnx.Module):
             )
             return y_NHWC, (signals, nnx.state(block, nnx.BatchStat))
 
-        run = rematerialized(run, self.remat)
-        head_key = None if keys is None else keys[0]
-        x_NHWC, (signals, statistics) = run(
-            x_NHWC, self.first, self.betas[0], self.drop_rates[0], head_key
+        first_key = None if keys is None else keys[0]
+        x_NHWC, (signals, statistics) = rematerialized(run, self.remat, in_loop=False)(
+            x_NHWC, self.first, self.betas[0], self.drop_rates[0], first_key
         )
         nnx.update(self.first, statistics)
         if self.rest is None:
@@ -70,6 +69,7 @@ class Stage(nnx.Module):
             jnp.asarray(self.drop_rates[1:], jnp.float32),
             None if keys is None else keys[1:],
         )
+        run = rematerialized(run, self.remat, in_loop=self.unroll < len(self.betas) - 1)
         x_NHWC, (stacked, statistics) = jax.lax.scan(
             lambda x, each: run(x, *each), x_NHWC, (self.rest, *varying), unroll=self.unroll
         )
@@ -80,12 +80,14 @@ class Stage(nnx.Module):
         return x_NHWC, joined
 
 
-def rematerialized(run, remat: Remat):
-    """`run`, keeping for the backward pass all, its inputs only, or convolution outputs."""
+def rematerialized(run: Callable, remat: Remat, *, in_loop: bool) -> Callable:
+    """`run`, keeping for the backward pass all, its inputs only, or convolution outputs.
+
+    Outside a loop XLA would merge the recomputation with the original, and must be kept from it.
+    """
     if remat == "none":
         return run
     policy = None
     if remat == "conv":
         policy = jax.checkpoint_policies.save_only_these_names(CONV_OUTPUT)
-    # Inside scan XLA cannot merge the recomputation with the original, so nothing need prevent it.
-    return jax.checkpoint(run, prevent_cse=False, policy=policy)
+    return jax.checkpoint(run, prevent_cse=not in_loop, policy=policy)
