@@ -130,14 +130,13 @@ def test_types_are_published():
     [
         (
             "nfflax.nn",
-            """EfficientChannelAttention NFNet Role SqueezeExcite WSConv WSConvTranspose build conv
+            """EfficientChannelAttention NFNet Role SqueezeExcite WSConv WSConvTranspose build
             create gamma_of register_activation role_of""",
         ),
         ("nfflax.weights", "WeightsError load_deepmind load_timm to_deepmind to_timm"),
     ],
 )
 def test_names_of_the_subpackages(package, names):
-    """Functions share names with the files they are in: it is the functions that one gets."""
     module = importlib.import_module(package)
     for name in names.split():
         value = getattr(module, name)
