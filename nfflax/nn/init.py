@@ -49,7 +49,7 @@ def _standard(kind: Kind, key: jax.Array | None, shape: Sequence[int]) -> jax.Ar
 def draw_all(key: jax.Array, abstract: nnx.State) -> nnx.State:
     """Values for every parameter of an abstract state, by the Init that each one carries.
 
-    Other variables (running statistics) start as their shape's kind does: means 0, variances 1.
+    Running statistics carry none: means start at 0, variances at 1.
     """
     flat = nnx.to_flat_state(abstract)
     by_kind: dict[Kind, list[tuple[tuple, nnx.Variable, Init]]] = {}
@@ -62,7 +62,7 @@ def draw_all(key: jax.Array, abstract: nnx.State) -> nnx.State:
         pool = _standard(kind, jax.random.fold_in(key, stream), (sum(sizes),))
         start = 0
         for (path, variable, init), size in zip(members, sizes, strict=True):
-            drawn = jax.lax.dynamic_slice_in_dim(pool, start, size) * init.scale
+            drawn = jax.lax.slice_in_dim(pool, start, start + size) * init.scale
             values[path] = variable.replace(drawn.reshape(variable.shape))
             start += size
     return nnx.from_flat_state([(path, values[path]) for path, _ in flat])
