@@ -106,6 +106,78 @@ def test_forward_and_signals_equal_the_official_ones(file, preset, changes, unro
             assert relative_error(found[name], wanted[f"{name}_{case}"]) <= 1e-5
 
 
+RESNET = {
+    "extends": "nf_resnet",
+    "name": "resnet",
+    "stem": {"width": 16},
+    "stages": {"depth": [1, 2, 2, 1], "width": [64, 128, 256, 512]},
+    "head": {"num_classes": 10},
+}
+REGNET = {
+    "extends": "nf_regnet",
+    "name": "regnet",
+    "stem": {"width": 36},
+    "stages": {"depth": [2, 1, 3, 1], "width": [36, 78, 156, 330]},
+    "head": {"width": 960, "num_classes": 10},
+}
+ODD_SIZES = {
+    "tiny": (TINY, {}, (2, 37, 50, 3)),
+    "tiny_onec": (
+        TINY,
+        {
+            "stages.spatial_convs": 1,
+            "attention.ratio": 0.25,
+            "block.alpha": 0.3,
+            "numerics.activation": "silu",
+            "head.width_mult": 0,
+            "head.width": 50,
+            "head.num_classes": 7,
+        },
+        (3, 65, 33, 3),
+    ),
+    "odd": (
+        TINY,
+        {
+            "stem.width": [16, 32, 64, 20],
+            "stages.depth": [2, 1, 3, 2],
+            "stages.width": [40, 72, 96, 96],
+            "stages.group_width": 8,
+            "stages.fit_groups": "down",
+            "stages.expansion": [0.5, 1.0, 0.25, 0.75],
+            "stages.expansion_of": ["out", "in", "out", "in"],
+            "numerics.activation": "tanh",
+        },
+        (2, 41, 41, 3),
+    ),
+    "gray": (TINY, {"stem.in_channels": 1, "numerics.activation": "softplus"}, (2, 32, 48, 1)),
+    "resnet": (RESNET, {}, (2, 50, 39, 3)),
+    "resnet_se": (
+        RESNET,
+        {"attention.kind": "se", "attention.ratio": 0.25, "numerics.activation": "elu"},
+        (2, 47, 65, 3),
+    ),
+    "regnet": (REGNET, {}, (2, 61, 75, 3)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ODD_SIZES)
+def test_odd_sizes_and_options_equal_the_official_ones(case):
+    """Logits, signals and gradients of sum(sin(logits)), on images the strides do not divide."""
+    wanted = golden("odd_sizes.npz")
+    base, changes, shape = ODD_SIZES[case]
+    model, images = official_model(nfflax.load_spec(base, changes)), formula_input(shape)
+    logits = nnx.jit(lambda model, x: model(x))(model, images)
+    assert relative_error(logits, wanted[f"{case}/logits"]) <= 1e-5
+    for name, found in nfflax.signals(model, images).items():
+        assert relative_error(found, wanted[f"{case}/{name}"]) <= 1e-5
+    gradients = nnx.jit(nnx.grad(lambda model: jnp.sum(jnp.sin(model(images)))))(model)
+    tree = nfflax.weights.to_deepmind(gradients)
+    found = {f"{module}/{k}": g for module, params in tree.items() for k, g in params.items()}
+    norms = [np.linalg.norm(found[name].astype(np.float64)) for name in sorted(found)]
+    np.testing.assert_allclose(norms, wanted[f"{case}/grad_norms"], rtol=1e-4)
+
+
 def image_size(case: str) -> tuple[int, int]:
     """The size in a golden key: "64", or "60x92" where it is not square."""
     height, _, width = case.partition("x")
