@@ -122,5 +122,15 @@ def random_model(spec: str | nfflax.Spec, seed: int = 0) -> nfflax.NFNet:
 
 def weightless(spec: str | nfflax.Spec) -> Mapping[Any, Any]:
     """The parameter tree of a network, full of zeros that take no memory, however large it is."""
-    shapes = nnx.to_pure_dict(nnx.state(abstract_model(spec), nnx.Param))
+    shapes = params(abstract_model(spec))
     return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
+
+
+def params(model: nnx.Module) -> dict[Any, Any]:
+    """A network's parameters as plain nested dicts."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    """Same names, and the same numbers to the bit."""
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)

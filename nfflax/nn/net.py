@@ -118,7 +118,7 @@ class NFNet(nnx.Module):
         stochastic depth needs `rngs`: an `nnx.Rngs` (its `dropout` stream) or a key.
         """
         train, key = self._mode(train, rngs)
-        map_NHWC = self._activated(self._trace(x_NHWC, train, key).final_NHWC, train)
+        map_NHWC = self.forward_features(x_NHWC, train=train, rngs=key)
         return self.forward_head(map_NHWC, train=train, rngs=key)
 
     def forward_features(
@@ -130,7 +130,7 @@ class NFNet(nnx.Module):
     ) -> jax.Array:
         """The final activated map, before pooling."""
         train, key = self._mode(train, rngs)
-        return self._activated(self._trace(x_NHWC, train, key).final_NHWC, train)
+        return self.final_act(self._trace(x_NHWC, train, key).final_NHWC, train)
 
     def forward_head(
         self,
@@ -193,9 +193,6 @@ class NFNet(nnx.Module):
             x_NHWC = self.final_conv(x_NHWC)
             maps[len(maps) + 1] = x_NHWC
         return Trace(x_NHWC, maps, _joined(stem_signals, collected) if with_signals else None)
-
-    def _activated(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
-        return self.final_act(x_NHWC, train)
 
     def _mode(
         self, train: bool | None, rngs: nnx.Rngs | jax.Array | None

@@ -283,7 +283,7 @@ def valid_specs(draw: st.DrawFn) -> dict[str, Any]:
         return found
 
     pool = draw(st.sampled_from(["none", "max"]))
-    left = 16 if pool == "max" else 32  # plan() dilates what goes beyond, by default
+    left = 16 if pool == "max" else 32  # the resolution may be as small as 32
     fits = draw(st.sampled_from(["exact", "down"]))
     round_width = draw(st.sampled_from([1, 8, 16]))
     group_width = st.sampled_from([0, 1, 4, 16] if fits == "exact" else [0, 3, 5, 12])

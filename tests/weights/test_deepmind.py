@@ -12,10 +12,12 @@ import pytest
 from flax import nnx
 from golden_data import (
     abstract_model,
+    assert_equal,
     formula_input,
     formula_param,
     golden,
     haiku_formula_tree,
+    params,
     random_model,
     small_spec,
     weightless,
@@ -34,15 +36,6 @@ PRESETS = {
     "ResNet50_se": "nf_seresnet50",
 }
 FAMILIES = list(PRESETS.values())
-
-
-def assert_equal(found, wanted):
-    """Same names, and the same numbers to the bit."""
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def params(model):
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 @pytest.fixture

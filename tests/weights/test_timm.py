@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 from golden_data import (
     abstract_model,
+    assert_equal,
     formula_param,
     golden,
+    params,
     random_model,
     small_spec,
     timm_formula_state,
@@ -33,15 +35,6 @@ FAMILIES = [
     "timm_nf_resnet50",
     "timm_nf_seresnet50",
 ]
-
-
-def assert_equal(found, wanted):
-    """Same names, and the same numbers to the bit."""
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def params(model):
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 @pytest.fixture
