@@ -18,9 +18,12 @@ from nfflax.spec.errors import NOT_GIVEN, Problem, SpecError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
 
 COMMANDS = {
+    "data": "look into a source of images, pack one, make one up",
     "spec": "list, show, check and compare the specs of networks",
+    "train": "show what a training run would do",
 }
 
 
@@ -61,6 +64,18 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, message)
 
 
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Declare `--set KEY=VALUE`, which `nfflax.spec.load.parse_override` reads."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help=f"change a key, e.g. {example}; may be repeated",
+    )
+
+
 def console(*, stderr: bool = False) -> "Console":
     """A rich console that prints text as it is and knows how wide a line may be."""
     from rich.console import Console
@@ -79,6 +94,15 @@ def display(renderable: "RenderableType") -> None:
         terminal.print(renderable)
     else:
         print(plain_text(renderable), end="")
+
+
+def new_table() -> "Table":
+    """A table without a frame, as all commands print theirs."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    air = {"show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    return Table(box=SIMPLE, **air, header_style="dim", border_style="dim")
 
 
 def print_json(data: Any) -> None:

@@ -5,12 +5,10 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from nfflax.cli import Parser, console, display, print_json
+from nfflax.cli import Parser, add_overrides, console, display, new_table, print_json
 from nfflax.spec.errors import Problem, SpecError, nearest
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from nfflax.spec.plan import Plan
 
 _EXAMPLES = """examples:
@@ -47,14 +45,7 @@ def add_arguments(parser: Parser) -> None:
 
     show = command("show", _show, "show a network layer by layer", has_json=True)
     show.add_argument("source", metavar="NAME|FILE", help="a preset's name, or a spec file")
-    show.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="change a key, e.g. stages.depth=[1,1,2,1]; may be repeated",
-    )
+    add_overrides(show, "stages.depth=[1,1,2,1]")
     show.add_argument(
         "--resolution",
         type=_resolution,
@@ -76,7 +67,8 @@ def add_arguments(parser: Parser) -> None:
     diff.add_argument("a", metavar="A", help="a preset's name, or a spec file")
     diff.add_argument("b", metavar="B", help="another one")
 
-    command("schema", _schema, "print the JSON Schema of spec files, for editors")
+    schema = command("schema", _schema, "print the JSON Schema of spec files, for editors")
+    schema.add_argument("--run", action="store_true", dest="of_runs", help="of run files instead")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -94,7 +86,7 @@ def _list(args: argparse.Namespace) -> None:
     if args.json:
         print_json(costs)
         return
-    table = _table()
+    table = new_table()
     table.add_column("name", style="bold", no_wrap=True)
     for header, style in (("params", "green"), ("MACs", "magenta"), ("at", "")):
         table.add_column(header, style=style, justify="right", no_wrap=True)
@@ -152,7 +144,7 @@ def _diff(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"a": a, "b": b, "ratio": ratios, "differences": differences})
         return
-    table = _table()
+    table = new_table()
     table.add_column("key", style="bold", no_wrap=True)
     table.add_column(args.a, style="red", overflow="fold")
     table.add_column(args.b, style="green", overflow="fold")
@@ -168,10 +160,11 @@ def _diff(args: argparse.Namespace) -> None:
     display(table)
 
 
-def _schema(_: argparse.Namespace) -> None:
-    from nfflax.spec.schema import file_schema
+def _schema(args: argparse.Namespace) -> None:
+    from nfflax.spec.run import Run
+    from nfflax.spec.schema import Spec, file_schema
 
-    print_json(file_schema())
+    print_json(file_schema(Run if args.of_runs else Spec))
 
 
 def _resolution(text: str) -> tuple[int, int]:
@@ -180,14 +173,6 @@ def _resolution(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 256, or 256x320")
     height, width = match.groups()
     return int(height), int(width or height)
-
-
-def _table() -> "Table":
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    air = {"show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    return Table(box=SIMPLE, **air, header_style="dim", border_style="dim")
 
 
 def _costs(network: "Plan") -> dict[str, Any]:

@@ -15,12 +15,12 @@ def preset_root() -> Path:
 
 def preset_paths() -> dict[str, Path]:
     """Name and file of every shipped model spec."""
-    return _toml_files("models")
+    return shipped("models")
 
 
 def family_paths() -> dict[str, Path]:
     """Name and file of the family bases: model specs extend them, alone they are no networks."""
-    return _toml_files("families")
+    return shipped("families")
 
 
 def list_specs(pattern: str = "*") -> list[str]:
@@ -29,7 +29,8 @@ def list_specs(pattern: str = "*") -> list[str]:
 
 
 @functools.cache
-def _toml_files(folder: str) -> dict[str, Path]:
+def shipped(folder: str) -> dict[str, Path]:
+    """Name and file of every spec in one of the shipped folders, in natural order."""
     files = {p.stem: p for p in (preset_root() / folder).glob("*.toml")}
     return dict(sorted(files.items(), key=lambda item: _natural(item[0])))
 

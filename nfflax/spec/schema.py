@@ -2,23 +2,24 @@
 
 Tables are columnar, as papers print them: one entry per stage, or a scalar that holds for all.
 Defaults are the official NFNet numerics (arXiv:2102.06171). Rules that join several keys are in
-check.py; reading files is in load.py.
+check.py; reading files is in load.py; run.py does for runs what this file does for networks.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticKnownError
+
+from nfflax.spec.base import MAX_STAGES, Document, Table, as_tuple
+
+if TYPE_CHECKING:
+    from nfflax.spec.check import Finding
 
 T = TypeVar("T")
 
 # Limits far beyond any network, so that a mistyped digit is an error and not an exhausted machine.
-MAX_STAGES, MAX_DEPTH, MAX_WIDTH, MAX_PIXELS = 16, 1000, 65_536, 16_384
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+MAX_DEPTH, MAX_WIDTH, MAX_PIXELS = 1000, 65_536, 16_384
 
 
 def _one_or_many(value: Any) -> Any:
@@ -32,7 +33,7 @@ def _whole(value: Any) -> Any:
 
 
 # One value per stage (or per stem convolution): its table spreads a scalar over all of them.
-Column = Annotated[tuple[T, ...], BeforeValidator(_tuple)]
+Column = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
 # One value for all channels, or one for each.
 PerChannel = Annotated[tuple[T, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
@@ -51,41 +52,6 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 def spread(default: Any) -> Any:
     """A column's default: one value for every entry."""
     return Field(default=default, validate_default=False)
-
-
-class Table(BaseModel):
-    """A table of the file: immutable, no unknown keys, no silent conversions, no NaN."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-    columns: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spread_scalars(cls, data: Any) -> Any:
-        if not cls.columns or not isinstance(data, dict):
-            return data
-        defaults = {k: cls.model_fields[k].default for k in cls.columns if k not in data}
-        defaults = {k: v for k, v in defaults.items() if isinstance(v, int | float | str)}
-        length = column_length(data, cls.columns)
-        spread = {k: v for k, v in (defaults | data).items() if k in cls.columns}
-        return data | {
-            # one entry too many is an error; a million too many would be a million errors
-            k: v[: MAX_STAGES + 1] if isinstance(v, list | tuple) else (v,) * length
-            for k, v in spread.items()
-        }
-
-
-def column_length(data: dict[str, Any], columns: Sequence[str]) -> int:
-    """How many entries columns have: those of the first one that is a list (1 without lists)."""
-    lists = [data[k] for k in columns if isinstance(data.get(k), list | tuple) and data[k]]
-    return min(len(lists[0]), MAX_STAGES + 1) if lists else 1
 
 
 class Stem(Table):
@@ -241,6 +207,8 @@ class Resolution(Table):
 class Preprocess(Table):
     """What inference does to an image before the network sees it."""
 
+    per_channel: ClassVar = ("mean", "std")
+
     mean: PerChannel[float] = (0.485, 0.456, 0.406)
     """Subtracted from pixels in [0, 1], per channel."""
     std: PerChannel[Positive] = (0.229, 0.224, 0.225)
@@ -256,17 +224,12 @@ class Preprocess(Table):
     """Pixels added to the resize target (official nets: 32)."""
 
 
-class Title(Table):
-    """What stands above the tables."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)
-    """What the variant is called."""
-    summary: str = Field(default="", max_length=1000)
-    """One line on what it is and where its numbers come from."""
-
-
-class Spec(Title):
+class Spec(Document):
     """One network, fully resolved: nothing inherited, every scalar spread. Hashable."""
+
+    noun: ClassVar = "model"
+    presets: ClassVar = "models"
+    bases: ClassVar = "families"
 
     stem: Stem
     stages: Stages
@@ -279,19 +242,16 @@ class Spec(Title):
     resolution: Resolution = Resolution()
     preprocess: Preprocess = Preprocess()
 
-    @model_validator(mode="after")
-    def _joint_rules(self) -> "Spec":
+    @classmethod
+    def problems_between(cls, tables: Mapping[str, Any]) -> "list[Finding]":
         from nfflax.spec.check import problems_between  # check.py reads the tables defined here
 
-        found = problems_between({k: getattr(self, k) for k in type(self).model_fields})
-        if found:
-            raise ValueError("; ".join(f"{key}: {message}" for key, message, *_ in found))
-        return self
+        return problems_between(tables)
 
 
-def file_schema() -> dict[str, Any]:
-    """The JSON Schema of a spec file, for editors: a Spec whose keys may be inherited."""
-    schema = Spec.model_json_schema()
+def file_schema(root: type[Document] = Spec) -> dict[str, Any]:
+    """The JSON Schema of a spec file, for editors: a document whose keys may be inherited."""
+    schema = root.model_json_schema()
     tables = [schema, *schema["$defs"].values()]
     for table in tables:
         table.pop("required", None)  # `extends` may supply any key
@@ -304,14 +264,12 @@ def file_schema() -> dict[str, Any]:
             described = {k: column.pop(k) for k in ("description", "title") if k in column}
             default = {"default": column.pop("default")} if "default" in column else {}
             table["properties"][key] = described | default | {"anyOf": [scalar, column]}
-    schema["title"] = "nfflax model spec"
+    schema["title"] = f"nfflax {root.noun} spec"
+    parent = "A preset, a family, or a path" if root.bases else "A preset, or a path"
+    parent += " relative to this file: tables merge, lists replace."
     schema["properties"] = {
         "$schema": {"type": "string", "description": "Address of this schema, for editors."},
-        "extends": {
-            "type": "string",
-            "description": "A preset, a family, or a path relative to this file: "
-            "tables merge, lists replace.",
-        },
+        "extends": {"type": "string", "description": parent},
     } | schema["properties"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 

@@ -15,19 +15,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nfflax.spec.errors import SpecError
-from nfflax.spec.explain import KEYS
-from nfflax.spec.load import load_spec, parse_override
+from nfflax.spec.explain import keys_of
+from nfflax.spec.load import load_run, load_spec, parse_override
 from nfflax.spec.plan import Plan, plan
-from nfflax.spec.presets import family_paths, preset_paths
+from nfflax.spec.presets import family_paths, preset_paths, shipped
+from nfflax.spec.run import Run
 from nfflax.spec.schema import Spec
 
 SECONDS = 2
+KEYS = keys_of(Spec)
 SHIPPED = [path.read_bytes() for path in [*preset_paths().values(), *family_paths().values()]]
 SHORT = [tomllib.loads(text.decode()) for text in SHIPPED]
 RESOLVED = [
     json.loads(load_spec(name).model_dump_json())
     for name in ("nfnet_micro", "nf_regnet_b1", "nf_seresnet50", "timm_eca_nfnet_l0", "nfnet_f0_bn")
 ]
+RUNS = [tomllib.loads(path.read_text()) for path in shipped("runs").values()]
+RUNS += [json.loads(load_run(name).model_dump_json()) for name in ("nf_regnet", "finetune")]
 AS_JSON = [json.dumps(spec).encode() for spec in (*RESOLVED, *SHORT[::8])]
 
 
@@ -39,19 +43,28 @@ def many(examples: int) -> Callable[[Any], Any]:
     )
 
 
-def outcome(source: Any, overrides: Any = None) -> Plan | SpecError:
-    try:
-        compiled = plan(load_spec(source, overrides))
-        json.dumps(compiled.to_dict(), allow_nan=False)
-    except SpecError as error:
-        return error
+def planned(source: Any, overrides: Any = None) -> Plan:
+    compiled = plan(load_spec(source, overrides))
+    json.dumps(compiled.to_dict(), allow_nan=False)
     return compiled
 
 
-def judge(source: Any, overrides: Any = None) -> Plan | SpecError:
+def reloaded(source: Any, overrides: Any = None) -> Run:
+    run = load_run(source, overrides)
+    assert load_run(json.loads(run.model_dump_json())) == run
+    assert hash(load_run(run)) == hash(run)
+    return run
+
+
+def judge(
+    source: Any, overrides: Any = None, *, load: Callable[..., Any] = planned
+) -> Plan | Run | SpecError:
     """What comes of a spec: always in time, and if it is an error, one that can be read."""
     start = time.process_time()
-    found = outcome(source, overrides)
+    try:
+        found = load(source, overrides)
+    except SpecError as error:
+        found = error
     assert time.process_time() - start < SECONDS
     if isinstance(found, SpecError):
         text = str(found)
@@ -75,6 +88,7 @@ names = st.one_of(
     st.sampled_from([*KEYS, *KEYS.values(), *Spec.model_fields, "extends", "$schema", ""]),
     st.text(max_size=8),
 )
+RUN_KEYS = [*keys_of(Run), *Run.model_fields, "model.set.head.dropout", "model.spec.head"]
 numbers = st.one_of(
     st.integers(-3, 70_000),
     st.sampled_from([2**31, 2**63, -(2**64), 10**400, 10**4000, -0.0, 1e308, 5e-324]),
@@ -142,9 +156,9 @@ MUTATIONS = [delete, rename, replace, add, nest, resize, alter, alter]
 
 
 @st.composite
-def broken_dicts(draw: st.DrawFn) -> dict[Any, Any]:
+def broken_dicts(draw: st.DrawFn, *seeds: list[Any]) -> dict[Any, Any]:
     """A shipped spec with one to four mistakes (a few of them happen to be harmless)."""
-    spec = json.loads(json.dumps(draw(st.sampled_from(RESOLVED) | st.sampled_from(SHORT))))
+    spec = json.loads(json.dumps(draw(st.one_of(*map(st.sampled_from, seeds)))))
     for _ in range(draw(st.integers(1, 4))):
         tables = [spec, *(value for value in spec.values() if isinstance(value, dict) and value)]
         table = draw(st.sampled_from(tables))
@@ -155,9 +169,24 @@ def broken_dicts(draw: st.DrawFn) -> dict[Any, Any]:
 
 
 @many(2400)
-@given(broken_dicts())
+@given(broken_dicts(RESOLVED, SHORT))
 def test_broken_dicts(spec):
     judge(spec)
+
+
+@many(600)
+@given(broken_dicts(RUNS))
+def test_broken_runs(run):
+    judge(run, load=reloaded)
+
+
+@many(300)
+@given(
+    st.sampled_from(list(shipped("runs"))),
+    st.dictionaries(st.sampled_from(RUN_KEYS) | names, junk, min_size=1, max_size=4),
+)
+def test_overrides_of_runs(name, overrides):
+    judge(name, overrides, load=reloaded)
 
 
 @many(300)
