@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nfflax import nn as nn
+    from nfflax import optim as optim
     from nfflax import weights as weights
     from nfflax.insight.spp import signals as signals
     from nfflax.nn.activations import gamma_of as gamma_of
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     from nfflax.nn.net import NFNet as NFNet
     from nfflax.nn.roles import Role as Role
     from nfflax.nn.roles import role_of as role_of
+    from nfflax.optim.agc import agc as agc
     from nfflax.spec.errors import SpecError as SpecError
+    from nfflax.spec.load import load_run as load_run
     from nfflax.spec.load import load_spec as load_spec
     from nfflax.spec.parts import BlockPlan as BlockPlan
     from nfflax.spec.parts import FeatureInfo as FeatureInfo
     from nfflax.spec.plan import Plan as Plan
     from nfflax.spec.plan import plan as plan
     from nfflax.spec.presets import list_specs as list_specs
+    from nfflax.spec.run import Run as Run
     from nfflax.spec.schema import Spec as Spec
     from nfflax.weights.errors import WeightsError as WeightsError
 
@@ -33,23 +37,26 @@ _MODULE_OF = {
     "NFNet": "nfflax.nn.net",
     "Plan": "nfflax.spec.plan",
     "Role": "nfflax.nn.roles",
+    "Run": "nfflax.spec.run",
     "Spec": "nfflax.spec.schema",
     "SpecError": "nfflax.spec.errors",
     "WeightsError": "nfflax.weights.errors",
+    "agc": "nfflax.optim.agc",
     "build": "nfflax.nn.builder",
     "create": "nfflax.nn.builder",
     "gamma_of": "nfflax.nn.activations",
     "list_specs": "nfflax.spec.presets",
+    "load_run": "nfflax.spec.load",
     "load_spec": "nfflax.spec.load",
     "plan": "nfflax.spec.plan",
     "register_activation": "nfflax.nn.activations",
     "role_of": "nfflax.nn.roles",
     "signals": "nfflax.insight.spp",
 }
-_SUBPACKAGES = ("insight", "nn", "spec", "weights")
+_SUBPACKAGES = ("insight", "nn", "optim", "spec", "weights")
 
 __version__ = "0.1.0"
-__all__ = sorted([*_MODULE_OF, "nn", "weights"])
+__all__ = sorted([*_MODULE_OF, "nn", "optim", "weights"])
 
 
 def __getattr__(name: str) -> Any:

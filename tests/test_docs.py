@@ -4,8 +4,13 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import optax
 import pytest
+from flax import nnx
+from golden_data import random_model
 
+import nfflax
 from nfflax.cli import main
 from nfflax.spec.load import load_spec
 
@@ -52,3 +57,13 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_optimiser_page_runs():
+    """Its Python, from top to bottom, as one program."""
+    names = {"jax": jax, "nnx": nnx, "optax": optax, "nfflax": nfflax}
+    names["model"] = random_model("nfnet_micro")
+    page = (ROOT / "docs" / "optimizer.md").read_text("utf-8")
+    for text in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(text, names)
+    assert names["recipe"].groups

@@ -108,7 +108,7 @@ def test_star_import():
     assert set(nfflax.__all__) <= set(found)
 
 
-@pytest.mark.parametrize("name", ["insight", "nn", "spec", "weights"])
+@pytest.mark.parametrize("name", ["insight", "nn", "optim", "spec", "weights"])
 def test_subpackages_load_as_attributes(name):
     assert getattr(nfflax, name) is importlib.import_module(f"nfflax.{name}")
 
@@ -132,6 +132,12 @@ def test_types_are_published():
             "nfflax.nn",
             """EfficientChannelAttention NFNet Role SqueezeExcite WSConv WSConvTranspose build
             create gamma_of register_activation role_of""",
+        ),
+        (
+            "nfflax.optim",
+            """DivergedError Group Recipe RecipeWarning cross_entropy from_spec guard metrics
+            raise_if_diverged sgd update_ema warmup_constant warmup_cosine warmup_exponential
+            with_accumulation with_sam""",
         ),
         ("nfflax.weights", "WeightsError load_deepmind load_timm to_deepmind to_timm"),
     ],

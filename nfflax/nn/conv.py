@@ -195,9 +195,20 @@ def _bundled_cpu(
     x: jax.Array, w: jax.Array, *, strides: Ints, pads: Pads, dilations: Ints, groups: int
 ) -> jax.Array:
     def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _dense_cpu(x, w, strides, pads, dilations)
+        return _dense_cpu(*_varying_alike(x, w), strides, pads, dilations)
 
     return _bundled(x, w, groups, dense)
+
+
+def _varying_alike(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both marked as different on every shard of a `shard_map` that either is different on.
+
+    A `custom_vjp` must return gradients marked like its arguments. For a kernel that all shards
+    share that would be their sum, which is what this cast's own gradient is.
+    """
+    x_axes, w_axes = (jax.typeof(array).manual_axis_type.varying for array in (x, w))
+    x = lax.pcast(x, tuple(sorted(w_axes - x_axes)), to="varying")
+    return x, lax.pcast(w, tuple(sorted(x_axes - w_axes)), to="varying")
 
 
 def _bundled(x: jax.Array, w: jax.Array, groups: int, dense: Dense) -> jax.Array:

@@ -244,6 +244,20 @@ def test_inside_a_shard_map_the_convolution_is_local():
     assert_close(jax.jit(local)(x, w), wanted, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gradients_taken_inside_a_shard_map_are_summed_over_it(groups):
+    """A kernel that all shards share gets the gradient of all: autodiff's rule in `shard_map`."""
+    x, w = operands(2, 3, groups, 6)
+    x = jnp.concatenate([x, x[:1]])
+
+    def gradient(x, w):
+        return jax.grad(lambda w: jnp.sum(jnp.sin(conv_function(x, w, groups=groups))))(w)
+
+    mesh = make_mesh((4, 1, 2))
+    local = jax.shard_map(gradient, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    assert_close(jax.jit(local)(x, w), jax.jit(gradient)(x, w), tolerance=1e-5)
+
+
 def test_explicit_mesh_axes_are_refused_in_words():
     x, w = operands(2, 3, 4, 6)
     mesh = make_mesh((8,), ("data",), AxisType.Explicit)
