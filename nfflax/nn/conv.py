@@ -25,14 +25,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from nfflax.ambient import BATCH_AXES, automatic_axes
 
 Padding = Literal["same", "symmetric"] | Sequence[tuple[int, int]]
 Pads = tuple[tuple[int, int], ...]
 Ints = tuple[int, ...]
 Dense = Callable[[jax.Array, jax.Array], jax.Array]
 
-BATCH_AXES = ("data", "fsdp")  # mesh axes that split the batch
 GROUP_AXIS = "tensor"  # mesh axis that splits the groups of a grouped convolution
 
 # Narrow groups are computed several at a time, as one dense convolution with a block-diagonal
@@ -117,7 +118,7 @@ def _general(
     native = functools.partial(_native, strides=strides, pads=pads, dilations=dilations)
     if groups == 1:
         return native(x, w)
-    free = _automatic_axes()
+    free = automatic_axes()
     has_mesh = bool(jax.sharding.get_abstract_mesh().axis_names)
     if not free and (has_mesh or jax.device_count() == 1):
         return native(x, w, groups=groups)  # one device, or inside a shard_map over the whole mesh
@@ -135,22 +136,13 @@ def _general(
     return manual(x, w)
 
 
-def _automatic_axes() -> dict[str, int]:
-    """Axes of the ambient mesh that the partitioner still decides about, with their sizes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit in mesh.axis_types:
-        raise ValueError("nfflax needs a mesh of AxisType.Auto axes; this one has Explicit axes")
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name: size for name, size, kind in axes if kind == AxisType.Auto}
-
-
 # --- maps split in space ----------------------------------------------------------------------
 
 
 def _may_split_space() -> bool:
     """Whether the mesh has axes that are known to split neither the batch nor the channels."""
     known = (*BATCH_AXES, GROUP_AXIS)
-    return any(size > 1 for name, size in _automatic_axes().items() if name not in known)
+    return any(size > 1 for name, size in automatic_axes().items() if name not in known)
 
 
 def _by_taps(

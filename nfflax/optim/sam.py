@@ -18,12 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from nfflax.ambient import BATCH_AXES, automatic_axes
 from nfflax.optim.accumulate import Gradient, batch_rows, mean_dtype
-
-BATCH_AXES = ("data", "fsdp")  # mesh axes that split the batch
 
 
 def with_sam(
@@ -69,7 +67,7 @@ def with_sam(
     def sharpness_aware(
         params: Any, batch: Any, key: jax.Array
     ) -> tuple[tuple[jax.Array, Any], Any]:
-        axes, rows = _automatic_axes(), batch_rows(batch)
+        axes, rows = automatic_axes(), batch_rows(batch)
         names = tuple(name for name in BATCH_AXES if axes.get(name, 1) > 1)
         shards = math.prod(axes[name] for name in names)
         if rows % shards:
@@ -116,12 +114,3 @@ def _climbed(params: Any, ascent: Any, rho: float) -> Any:
     norm = optax.tree.norm(ascent)
     scale = rho / jnp.where(norm == 0, 1.0, norm)
     return jax.tree.map(lambda p, g: (p + scale * g).astype(p.dtype), params, ascent)
-
-
-def _automatic_axes() -> dict[str, int]:
-    """Axes of the ambient mesh that no `shard_map` around us has taken yet, with their sizes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit in mesh.axis_types:
-        raise ValueError("nfflax needs a mesh of AxisType.Auto axes; this one has Explicit axes")
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name: size for name, size, kind in axes if kind == AxisType.Auto}

@@ -166,7 +166,13 @@ def sharded_gradients(f, x, w, mesh, batch, output):
 
 
 @pytest.mark.parametrize(
-    ("groups", "shape"), [*((4, m) for m in MESHES), (2, (2, 2, 2)), (16, (1, 2, 4))]
+    ("groups", "shape"),
+    [
+        *((4, m) for m in MESHES[::2]),
+        *(pytest.param(4, m, marks=pytest.mark.slow) for m in MESHES[1::2]),
+        (2, (2, 2, 2)),
+        (16, (1, 2, 4)),
+    ],
 )
 @pytest.mark.parametrize("form", [conv_function, general], ids=["cpu", "general"])
 def test_grouped_gradients_equal_one_devices(form, groups, shape):

@@ -71,7 +71,13 @@ def shardings(params, roles, mesh, rules):
 
 
 @pytest.mark.parametrize(
-    ("layout", "platform"), [(0, "cpu"), (2, "cpu"), (3, "cpu"), (1, "default"), (4, "default")]
+    ("layout", "platform"),
+    [
+        (2, "cpu"),
+        (1, "default"),
+        *(pytest.param(i, "cpu", marks=pytest.mark.slow) for i in (0, 3)),
+        pytest.param(4, "default", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_equal_one_devices(case, layout, platform, monkeypatch):
     """On CPU as it runs there, and with the operations that GPUs and TPUs get."""

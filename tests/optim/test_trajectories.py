@@ -85,13 +85,7 @@ def test_official_trajectory(which: str, layout: type) -> None:
     reference = golden(f"optim_{which}.npz")
     kwargs = settings["kwargs"]
     schedule = settings["schedule"]["kwargs"]
-    rate = warmup_cosine(
-        schedule["max_val"],
-        schedule["num_steps"],
-        schedule["warmup_steps"],
-        start=schedule["start_val"],
-        end=schedule["min_val"],
-    )
+    rate = official_schedule(schedule)
     tx = sgd(
         rate,
         momentum=kwargs["momentum"],
@@ -151,15 +145,14 @@ def test_a_short_schedule_past_its_end() -> None:
     check_schedule(golden("schedules.json")["small"])
 
 
+def official_schedule(kwargs):
+    peak, steps, warmup = (kwargs[k] for k in ("max_val", "num_steps", "warmup_steps"))
+    return warmup_cosine(peak, steps, warmup, start=kwargs["start_val"], end=kwargs["min_val"])
+
+
 def check_schedule(reference: dict[str, Any]) -> None:
     kwargs = reference["kwargs"]
-    rate = warmup_cosine(
-        kwargs["max_val"],
-        kwargs["num_steps"],
-        kwargs["warmup_steps"],
-        start=kwargs["start_val"],
-        end=kwargs["min_val"],
-    )
+    rate = official_schedule(kwargs)
     found = jax.vmap(rate)(jnp.asarray(reference["steps"]))
     np.testing.assert_allclose(found, reference["f64"], rtol=0, atol=1e-6 * kwargs["max_val"])
 
