@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nfflax import data as data
     from nfflax import nn as nn
     from nfflax import optim as optim
     from nfflax import weights as weights
@@ -53,10 +54,10 @@ _MODULE_OF = {
     "role_of": "nfflax.nn.roles",
     "signals": "nfflax.insight.spp",
 }
-_SUBPACKAGES = ("insight", "nn", "optim", "spec", "weights")
+_SUBPACKAGES = ("data", "insight", "nn", "optim", "spec", "weights")
 
 __version__ = "0.1.0"
-__all__ = sorted([*_MODULE_OF, "nn", "optim", "weights"])
+__all__ = sorted([*_MODULE_OF, "data", "nn", "optim", "weights"])
 
 
 def __getattr__(name: str) -> Any:

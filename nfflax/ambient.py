@@ -13,3 +13,8 @@ def automatic_axes() -> dict[str, int]:
         raise ValueError("nfflax needs a mesh of AxisType.Auto axes; this one has Explicit axes")
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in axes if kind == AxisType.Auto}
+
+
+def has_mesh() -> bool:
+    """Whether there is a mesh around the code, its axes taken or not."""
+    return bool(jax.sharding.get_abstract_mesh().axis_names)

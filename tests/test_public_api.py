@@ -108,7 +108,7 @@ def test_star_import():
     assert set(nfflax.__all__) <= set(found)
 
 
-@pytest.mark.parametrize("name", ["insight", "nn", "optim", "spec", "weights"])
+@pytest.mark.parametrize("name", ["data", "insight", "nn", "optim", "spec", "weights"])
 def test_subpackages_load_as_attributes(name):
     assert getattr(nfflax, name) is importlib.import_module(f"nfflax.{name}")
 
@@ -133,6 +133,12 @@ def test_types_are_published():
             """EfficientChannelAttention NFNet Role SqueezeExcite WSConv WSConvTranspose build
             create gamma_of register_activation role_of""",
         ),
+        (
+            "nfflax.data",
+            """ArraySource Batches Data DataError EvalView ImageError Record Source TrainView
+            eval_batches generate_folder open_source pack_split train_batches""",
+        ),
+        ("nfflax.data.augment", "Mix RandAugment augment normalize"),
         (
             "nfflax.optim",
             """DivergedError Group Recipe RecipeWarning cross_entropy from_spec guard metrics

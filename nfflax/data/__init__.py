@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nfflax.data import augment as augment
     from nfflax.data.errors import DataError as DataError
     from nfflax.data.errors import ImageError as ImageError
     from nfflax.data.generate import generate_folder as generate_folder
@@ -39,10 +40,12 @@ _MODULE_OF = {
     "train_batches": "nfflax.data.pipeline",
 }
 
-__all__ = [*_MODULE_OF]
+__all__ = sorted([*_MODULE_OF, "augment"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "augment":
+        return importlib.import_module("nfflax.data.augment")
     if name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
         globals()[name] = value

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from nfflax.ambient import BATCH_AXES, automatic_axes
+from nfflax.ambient import BATCH_AXES, automatic_axes, has_mesh
 
 Padding = Literal["same", "symmetric"] | Sequence[tuple[int, int]]
 Pads = tuple[tuple[int, int], ...]
@@ -119,8 +119,7 @@ def _general(
     if groups == 1:
         return native(x, w)
     free = automatic_axes()
-    has_mesh = bool(jax.sharding.get_abstract_mesh().axis_names)
-    if not free and (has_mesh or jax.device_count() == 1):
+    if not free and (has_mesh() or jax.device_count() == 1):
         return native(x, w, groups=groups)  # one device, or inside a shard_map over the whole mesh
     batch = tuple(name for name in BATCH_AXES if name in free)
     if not free or x.shape[0] % math.prod(free[name] for name in batch):
