@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -61,7 +62,7 @@ def test_links_lead_somewhere():
 
 def test_the_optimiser_page_runs():
     """Its Python, from top to bottom, as one program."""
-    names = {"jax": jax, "nnx": nnx, "optax": optax, "nfflax": nfflax}
+    names: dict[str, Any] = {"jax": jax, "nnx": nnx, "optax": optax, "nfflax": nfflax}
     names["model"] = random_model("nfnet_micro")
     page = (ROOT / "docs" / "optimizer.md").read_text("utf-8")
     for text in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):

@@ -136,7 +136,8 @@ def test_types_are_published():
         (
             "nfflax.data",
             """ArraySource Batches Data DataError EvalView ImageError Record Source TrainView
-            eval_batches generate_folder open_source pack_split train_batches""",
+            augmentation eval_batches generate_folder open_source pack_split sized train_batches
+            train_feed""",
         ),
         ("nfflax.data.augment", "Mix RandAugment augment normalize"),
         (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COMMANDS = {
-    "data": "look into a source of images, pack one, make one up",
+    "data": "look into a source of images, pack one, see and time what a run feeds",
     "spec": "list, show, check and compare the specs of networks",
     "train": "show what a training run would do",
 }

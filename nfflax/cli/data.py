@@ -1,14 +1,16 @@
-"""`nfflax data`: look into a source of images, pack one into a few large files, make one up."""
+"""`nfflax data`: look into a source of images, pack one into a few large files, make one up.
+
+Its commands about the images of a run are in data_run.py.
+"""
 
 import argparse
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nfflax.cli import Parser, console, display, new_table, print_json
+from nfflax.cli import Parser, console, data_run, display, new_table, print_json
+from nfflax.cli.data_parts import positive, progress, reference, whole
 
 if TYPE_CHECKING:
     from nfflax.data.sources import Source
@@ -20,13 +22,17 @@ _EXAMPLES = """examples:
   nfflax data pack imagenet/ imagenet_packed/
   nfflax data pack tfds:imagenet2012 imagenet_packed/ --split validation
   nfflax data generate toy/ --classes 10 --train 1000
+  nfflax data preview digits --step 100
+  nfflax data bench nfnet --set data.source=imagenet_packed
 """
 _SAMPLED = 64  # images that `inspect` opens without --verify
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the subcommands."""
-    parser.description = "Look into sources of images, pack them, make one up."
+    parser.description = (
+        "Look into sources of images and what a run makes of them, pack them, make one up."
+    )
     parser.epilog = _EXAMPLES
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
@@ -41,14 +47,14 @@ def add_arguments(parser: Parser) -> None:
     def source_of(added: Parser) -> None:
         added.add_argument(
             "source",
-            type=_text,
+            type=reference,
             metavar="SOURCE",
             help="a folder of images or of packed records, digits, tfds:NAME or hf:NAME",
         )
         added.add_argument(
             "--split",
             action="append",
-            type=_text,
+            type=reference,
             metavar="NAME",
             help="a split; may be repeated (default: all that are there)",
         )
@@ -58,7 +64,7 @@ def add_arguments(parser: Parser) -> None:
             ("label-key", "name of the label there"),
         ):
             metavar = "FILE" if option == "classes" else "NAME"
-            added.add_argument(f"--{option}", type=_text, metavar=metavar, help=text)
+            added.add_argument(f"--{option}", type=reference, metavar=metavar, help=text)
 
     inspect = command("inspect", _inspect, "show what a source holds, and find damaged images")
     source_of(inspect)
@@ -71,7 +77,7 @@ def add_arguments(parser: Parser) -> None:
     pack.add_argument("folder", type=Path, metavar="FOLDER", help="where the packed files go")
     pack.add_argument(
         "--shard-images",
-        type=_positive,
+        type=positive,
         default=8192,
         metavar="N",
         help="images in each file (default: %(default)s)",
@@ -86,9 +92,12 @@ def add_arguments(parser: Parser) -> None:
         ("size", 256, "short side in pixels"),
     ):
         generate.add_argument(
-            f"--{name}", type=_positive, default=default, metavar="N", help=f"{text} (%(default)s)"
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{text} (%(default)s)"
         )
-    generate.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed (0)")
+    generate.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (0)")
+
+    data_run.add_preview(command)
+    data_run.add_bench(command)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -129,7 +138,7 @@ def _report(split: str, source: "Source", *, every: bool) -> tuple[dict[str, Any
     stride = 1 if every else max(len(source) // _SAMPLED, 1)
     kinds: Counter[str] = Counter()
     sides = []
-    with _progress(f"opening {split}", -(-len(source) // stride)) as advance:
+    with progress(f"opening {split}", -(-len(source) // stride)) as advance:
         for index in range(0, len(source), stride):
             name = f"image {index}"
             try:
@@ -160,7 +169,7 @@ def _pack(args: argparse.Namespace) -> None:
 
     reports = []
     for split, source in _sources(args):
-        with _progress(f"packing {split}", len(source)) as advance:
+        with progress(f"packing {split}", len(source)) as advance:
             manifest = pack_split(
                 source, args.folder, split, shard_images=args.shard_images, progress=advance
             )
@@ -179,7 +188,7 @@ def _generate(args: argparse.Namespace) -> None:
     from nfflax.data.generate import generate_folder
 
     shape = {key: getattr(args, key) for key in ("classes", "train", "test", "size", "seed")}
-    with _progress("drawing", args.train + args.test) as advance:
+    with progress("drawing", args.train + args.test) as advance:
         generate_folder(args.folder, **shape, progress=advance)
     if args.json:
         print_json({"folder": str(args.folder)} | shape)
@@ -197,35 +206,3 @@ def _sources(args: argparse.Namespace) -> Iterator[tuple[str, "Source"]]:
     data = Data(**{key: value for key, value in given.items() if value})
     for split in args.split or splits_of(data):
         yield split, open_source(data, split)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining()
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isascii() and text.isdigit() else 0
-    if not 1 <= number <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return number
-
-
-def _seed(text: str) -> int:
-    return _positive(text) if text != "0" else 0
-
-
-def _text(text: str) -> str:
-    if not 1 <= len(text) <= 1000:
-        raise argparse.ArgumentTypeError("must have 1 to 1000 characters")
-    return text

@@ -45,13 +45,30 @@ def _train(args: argparse.Namespace) -> None:
     from nfflax.spec.load import load_run, parse_override
     from nfflax.spec.plan import plan
 
-    run = load_run(args.source, dict(map(parse_override, args.overrides)))
+    run = _timed(load_run(args.source, dict(map(parse_override, args.overrides))))
     network = plan(run.spec, resolution=run.spec.resolution.train)
     recipe = _recipe(run)
     if args.json:
         print_json(_data(run, network, recipe))
     else:
         display(_page(run, network, recipe))
+
+
+def _timed(run: "Run") -> "Run":
+    """The run, with the length of its epochs from its source where nothing else says it."""
+    if not run.needs_examples:
+        return run
+    from nfflax.data.errors import DataError
+    from nfflax.data.feed import sized
+    from nfflax.data.sources import open_source
+    from nfflax.spec.errors import Problem
+
+    try:
+        return sized(run, open_source(run.data, run.data.train))
+    except DataError as error:
+        message = "is left to the data source, which cannot be opened"
+        problem = Problem(f"run {run.name}", "train.examples", message, 0, "1 or more")
+        raise DataError([problem, *error.problems]) from None
 
 
 def _recipe(run: "Run") -> "Recipe":
@@ -135,6 +152,8 @@ def _facts(run: "Run", network: "Plan") -> "Iterator[tuple[str, str]]":
     costs = f"{human(network.params)} params · {human(network.macs(), 2)} MACs at {side}×{side}"
     remat = f" · remat {run.model.remat}" if run.model.remat != "none" else ""
     yield "model", f"{run.spec.name} · {costs} · {run.model.dtype}{remat}"
+    yield "data", run.data.in_words
+    yield "augment", run.augment.in_words
     microbatches = f" in {train.accumulate} microbatches" if train.accumulate > 1 else ""
     yield "batch", f"{train.batch_size:,} images{microbatches}"
     length = f"{run.steps:,} steps"

@@ -1,4 +1,4 @@
-"""Images for training and evaluation, from files to uint8 batches on the host.
+"""Images for training and evaluation: uint8 batches on the host, augmented on the device.
 
 Names load on first use: neither Pillow nor grain is imported before it is needed.
 """
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from nfflax.data import augment as augment
     from nfflax.data.errors import DataError as DataError
     from nfflax.data.errors import ImageError as ImageError
+    from nfflax.data.feed import augmentation as augmentation
+    from nfflax.data.feed import sized as sized
+    from nfflax.data.feed import train_feed as train_feed
     from nfflax.data.generate import generate_folder as generate_folder
     from nfflax.data.pack import pack_split as pack_split
     from nfflax.data.pipeline import Batches as Batches
@@ -33,11 +36,14 @@ _MODULE_OF = {
     "Record": "nfflax.data.sources",
     "Source": "nfflax.data.sources",
     "TrainView": "nfflax.data.views",
+    "augmentation": "nfflax.data.feed",
     "eval_batches": "nfflax.data.pipeline",
     "generate_folder": "nfflax.data.generate",
     "open_source": "nfflax.data.sources",
     "pack_split": "nfflax.data.pack",
+    "sized": "nfflax.data.feed",
     "train_batches": "nfflax.data.pipeline",
+    "train_feed": "nfflax.data.feed",
 }
 
 __all__ = sorted([*_MODULE_OF, "augment"])

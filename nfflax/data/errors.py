@@ -1,16 +1,14 @@
 """What is wrong with data: mistakes in what was asked for, and images that cannot be used."""
 
-from collections.abc import Sequence
+from typing import ClassVar
 
-from nfflax.spec.errors import Problem, SpecError
+from nfflax.spec.errors import SpecError
 
 
 class DataError(SpecError):
     """Data that cannot be used. `problems` lists every mistake found, as a SpecError does."""
 
-    def __init__(self, problems: Sequence[Problem]):
-        super().__init__(problems)
-        self.args = (str(self).replace("in the spec", "in the data", 1),)
+    subject: ClassVar[str] = "data"
 
 
 class ImageError(ValueError):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nfflax.spec.schema import Table
+from nfflax.spec.base import Table
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -13,8 +13,9 @@ class Data(Table):
     """Where images come from and how the host prepares them."""
 
     source: Name = "digits"
-    """A folder of images or of packed records, "tfds:NAME" (TensorFlow Datasets), "hf:NAME"
-    (Hugging Face datasets), or "digits": scikit-learn's 8 x 8 handwritten digits."""
+    """A folder of images or of packed records (from the working directory), "tfds:NAME" (TensorFlow
+    Datasets), "hf:NAME" (Hugging Face datasets), or "digits": scikit-learn's 8 x 8 handwritten
+    digits."""
     train: Name = "train"
     """Split to train on: of an image folder, a subfolder or a list of files (.txt)."""
     eval: Name = "test"
@@ -42,3 +43,13 @@ class Data(Table):
     """Pillow decodes without holding Python back, so threads are best on all but many cores."""
     prefetch: Annotated[int, Field(ge=1, le=1000)] = 2
     """Batches kept ready."""
+
+    @property
+    def in_words(self) -> str:
+        """One line for people on what is shown in training."""
+        parts = [f"{self.source} ({self.train})"]
+        if self.crop_area == 1:
+            parts.append("whole images, squashed")
+        else:
+            parts.append(f"crops of {100 * self.crop_area:g}% to 100%")
+        return " · ".join(parts + ["flips"] * self.flip)

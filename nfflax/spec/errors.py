@@ -5,7 +5,7 @@ import enum
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 SHOWN_PROBLEMS = 50  # a message lists no more of them
 _SHOWN_VALUE = 80  # characters of an offending value that a message repeats
@@ -48,10 +48,13 @@ class Problem:
 class SpecError(ValueError):
     """A spec that cannot be used. `problems` lists every mistake found in it."""
 
+    subject: ClassVar[str] = "spec"
+    """What the problems are in, as the first line of the message calls it."""
+
     def __init__(self, problems: Sequence[Problem]):
         self.problems = tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        lines = [f"{count} in the spec", *map(str, self.problems[:SHOWN_PROBLEMS])]
+        lines = [f"{count} in the {self.subject}", *map(str, self.problems[:SHOWN_PROBLEMS])]
         if len(self.problems) > SHOWN_PROBLEMS:
             lines.append(f"... and {len(self.problems) - SHOWN_PROBLEMS} more problems")
         super().__init__("\n".join(lines))

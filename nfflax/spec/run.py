@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from nfflax.spec.augment import Augment
 from nfflax.spec.base import Document, Table, as_tuple
+from nfflax.spec.data import Data
 from nfflax.spec.errors import Problem, SpecError
 from nfflax.spec.schema import MAX_DEPTH, Positive, Rate, Spec
 
@@ -217,6 +219,8 @@ class Run(Document):
     presets: ClassVar = "runs"
 
     model: Model
+    data: Data = Data()
+    augment: Augment = Augment()
     train: Train = Train()
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
@@ -245,6 +249,13 @@ class Run(Document):
     def warmup(self) -> float:
         """Length of the warm-up in steps, fractions included."""
         return self._known(self.schedule.warmup(self.train))
+
+    @property
+    def needs_examples(self) -> bool:
+        """Whether something is given in epochs, and nothing here says how long they are."""
+        lengths = self.train.length, self.schedule.warmup(self.train)
+        is_open = None in lengths or self.schedule.kind == "exponential"
+        return is_open and not self.train.examples
 
     @property
     def peak_learning_rate(self) -> float:

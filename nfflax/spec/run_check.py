@@ -1,8 +1,9 @@
-"""Rules that join several keys of a run: its parts divide its batch, its warm-up fits into it."""
+"""Rules that join several keys of a run: a batch can be divided and mixed, a warm-up fits."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nfflax.spec.augment import Augment
 from nfflax.spec.base import Table
 from nfflax.spec.check import Finding
 from nfflax.spec.run import Schedule, Train
@@ -17,6 +18,8 @@ def problems_between(tables: Mapping[str, Any]) -> list[Finding]:
             found += _two_units(name, table)
     if isinstance(train, Train):
         found += _uneven_microbatches(train)
+        if isinstance(augment := tables.get("augment"), Augment):
+            found += _nobody_to_mix_with(train, augment)
     if isinstance(schedule, Schedule) and isinstance(train, Train):
         found += _long_warmup(train, schedule)
         found += _rates_above_the_peak(train, schedule)
@@ -38,6 +41,17 @@ def _uneven_microbatches(train: Train) -> Iterator[Finding]:
             f"does not divide train.batch_size = {train.batch_size}",
             train.accumulate,
             f"a divisor of {train.batch_size}",
+            against="train.batch_size",
+        )
+
+
+def _nobody_to_mix_with(train: Train, augment: Augment) -> Iterator[Finding]:
+    if train.batch_size == 1 and augment.mixes and augment.partners == "batch":
+        yield Finding(
+            "augment.partners",
+            "a batch of one image has no partner in it",
+            augment.partners,
+            '"fresh", or neither mixup nor cutmix',
             against="train.batch_size",
         )
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 
 @pytest.fixture
@@ -91,6 +92,86 @@ def test_digits(run, tmp_path):
 def test_mistakes_end_with_2(run, monkeypatch, tmp_path, words, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
+    ran = run("data", *words)
+    assert ran.code == 2
+    assert says in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+PREVIEW = ("data", "preview", "digits", "--set", "train.batch_size=4")
+
+
+def test_preview_draws_a_picture_and_says_where(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ran = run(*PREVIEW, "--step", "3", "--count", "2")
+    assert (ran.code, ran.out, ran.err) == (0, "digits_step3.png\n", "")
+    with Image.open("digits_step3.png") as picture:
+        first = picture.copy()
+    ran = run(*PREVIEW, "--step", "4", "--count", "2", "--out", "digits_step3.png", "--json")
+    assert json.loads(ran.out) == {
+        "file": "digits_step3.png",
+        "width": first.width,
+        "height": first.height,
+    }
+    with Image.open("digits_step3.png") as picture:
+        assert picture.tobytes() != first.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("a.jpeg", "is not called .png"),
+        ("notes.png", "exists and is no picture, so it is not overwritten"),
+        ("folder.png", "cannot be written: Is a directory"),
+        ("gone/a.png", "is in a folder that is not there"),
+    ],
+)
+def test_preview_overwrites_nothing_but_pictures(run, tmp_path, monkeypatch, out, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.png").write_text("dear diary")
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.iterdir())
+    ran = run(*PREVIEW, "--out", out)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith(f'error: 1 problem in the command line\n--out: "{out}"\n')
+    assert says in ran.err
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "notes.png").read_text() == "dear diary"
+
+
+BENCH = ("data", "bench", "digits", "--seconds", "0.01", "--set", "train.batch_size=8")
+
+
+def test_bench_names_the_part_that_limits(run):
+    ran = run(*BENCH)
+    assert (ran.code, ran.err) == (0, "")
+    table, _, words = ran.out.partition("\n\n")
+    header, _, *rows = table.splitlines()
+    assert header.split() == "part what it does images/s MB/s s/step".split()
+    assert [row.split()[0] for row in rows] == ["host", "transfer", "device"]
+    assert "MixUp 0.2 and CutMix with fresh partners, float32" in rows[2]
+    assert " limits: " in words.splitlines()[0]
+    data = json.loads(run(*BENCH, "--json").out)
+    assert data["run"] == "digits"
+    assert data["limit"] in ("host", "transfer", "device")
+    assert data["images_per_second"] == data[data["limit"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["preview", "digitz"], "no run preset has this name"),
+        (["preview", "digits", "--step", "-1"], "is no whole number from 0"),
+        (["preview", "digits", "--count", "0"], "is no whole number from 1"),
+        (["preview", "digits", "--set", "data.source=gone"], "no such folder"),
+        (["preview", "digits", "--set", "model.set.head.num_classes=9"], "10 or more, or 0"),
+        (["bench", "nfnet"], 'data: source = "imagenet"\n    no such folder'),
+        (["bench", "digits", "--seconds", "nan"], "is no number of seconds"),
+        (["bench", "digits", "--set", "augment.mixup=-1"], "augment.mixup = -1"),
+    ],
+)
+def test_mistakes_about_a_run_end_with_2(run, monkeypatch, tmp_path, words, says):
+    monkeypatch.chdir(tmp_path)
     ran = run("data", *words)
     assert ran.code == 2
     assert says in ran.err

@@ -64,6 +64,8 @@ def test_the_page_fits_a_terminal(run, monkeypatch):
     assert facts["model"].startswith("nfnet_micro · ")
     assert facts["model"].endswith(" · bfloat16")
     assert facts["batch"] == "1,024 images"
+    assert facts["data"] == "imagenet (train) · crops of 8% to 100% · flips"
+    assert facts["augment"].startswith("MixUp 0.2 and CutMix with fresh partners · ")
     assert facts["length"] == "1,500 steps · 30 epochs of 51,200 images"
     assert facts["rate"] == "0.4 = 0.1 × 1024 / 256"  # noqa: RUF001
     assert facts["schedule"] == "250 steps of warm-up from 0 · cosine to 0"
@@ -129,7 +131,6 @@ def test_training_itself_is_refused_in_one_line(run):
         (["nfnett"], "did you mean: nfnet\n"),
         (["nfnet", "--set", "train.lr=1"], "did you mean: schedule.learning_rate\n"),
         (["nfnet", "--set", "model.set.head.dropout=2"], "override: model.set.head.dropout = 2\n"),
-        (["pretrain"], "run pretrain: train.examples = 0\n"),
     ],
 )
 def test_mistakes_end_with_code_2(run, words, said):
@@ -137,6 +138,21 @@ def test_mistakes_end_with_code_2(run, words, said):
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("error: 1 problem in the spec\n")
     assert said in ran.err
+
+
+def test_epochs_are_passes_over_the_source(run):
+    """A run that does not say how many images it has is as long as its source makes it."""
+    data = json.loads(run("train", "digits", "--dry-run", "--json").out)
+    assert data["run"]["train"]["examples"] == 1437
+    assert data["steps"] == 1437 * 30 // 128
+
+
+def test_a_source_that_is_not_there_leaves_epochs_open(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ran = run("train", "pretrain", "--dry-run")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: 2 problems in the data\nrun pretrain: train.examples = 0\n")
+    assert 'data: source = "images"\n    no such folder' in ran.err
 
 
 def test_mistakes_as_json(run):
@@ -160,4 +176,6 @@ finally:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "presets: finetune, nf_regnet, nf_resnet, nfnet, nfnet_sam, pretrain" in done.stdout
+    assert (
+        "presets: digits, finetune, nf_regnet, nf_resnet, nfnet, nfnet_sam, pretrain" in done.stdout
+    )

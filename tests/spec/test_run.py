@@ -190,6 +190,47 @@ def test_without_a_number_of_images_epochs_have_no_length():
     assert (in_steps.steps, in_steps.warmup) == (7, 0)
 
 
+def test_partners_are_drawn_only_for_mixing():
+    def draws(**augment: Any) -> bool:
+        return load_run(MICRO, {"augment": augment}).augment.draws_partners
+
+    assert draws()
+    assert draws(mixup=0)
+    assert draws(cutmix=False)
+    assert not draws(mixup=0, cutmix=False)
+    assert not draws(partners="batch")
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs"),
+    [
+        ({}, True),
+        ({"train.examples": 100_000}, False),
+        ({"train.steps": 7}, True),  # the warm-up is in epochs
+        ({"train.steps": 7, "schedule.warmup_steps": 1}, False),
+        ({"train.steps": 7, "schedule.warmup_steps": 1, "schedule.kind": "exponential"}, True),
+    ],
+)
+def test_which_runs_need_to_know_how_long_an_epoch_is(changes, needs):
+    assert load_run(MICRO, changes).needs_examples is needs
+
+
+def test_data_and_augmentation_in_words():
+    run = load_run("nfnet")
+    assert run.data.in_words == "imagenet (train) · crops of 8% to 100% · flips"
+    mixing = "MixUp 0.2 and CutMix with fresh partners"
+    assert run.augment.in_words == f"{mixing} · RandAugment, 4 layers of magnitude 5"
+    changes = {"data.crop_area": 1, "data.flip": False, "augment.cutmix": False}
+    changes |= {"augment.layers": 1, "augment.numerics": "pillow", "augment.partners": "batch"}
+    run = load_run("nfnet", changes)
+    assert run.data.in_words == "imagenet (train) · whole images, squashed"
+    assert run.augment.in_words == (
+        "MixUp 0.2 with partners of the same batch · "
+        "RandAugment, 1 layer of magnitude 5, pillow numerics"
+    )
+    assert load_run("nf_resnet").augment.in_words == "no mixing, no RandAugment"
+
+
 def test_the_peak_follows_the_batch():
     def peak(**schedule: Any) -> float:
         return load_run(MICRO, {"train.batch_size": 1000, "schedule": schedule}).peak_learning_rate
@@ -227,6 +268,15 @@ def test_the_peak_follows_the_batch():
         ("ema.decay", 1, "must be less than 1", ""),
         ("guard.patience", 0, "must be at least 1", ""),
         ("agc.eps", 0, "must be greater than 0", ""),
+        ("data.sorce", "x", "no such key", "data.source"),
+        ("data.source", "", "must not be empty", ""),
+        ("data.crop_area", 0, "must be greater than 0", ""),
+        ("augment.mixup", -0.1, "must be at least 0", ""),
+        ("augment.cutmix", 1, "must be true or false", ""),
+        ("augment.partners", "fresch", "is none of the allowed values", "fresh"),
+        ("augment.layers", 4.0, "must be a whole number", "4"),
+        ("augment.magnitude", 31, "must be at most 30", ""),
+        ("augment.numerics", "pilow", "is none of the allowed values", "pillow"),
         # several keys together
         ("train.accumulate", 3, "does not divide train.batch_size = 4096", ""),
         ("schedule.end", 2, "is above the peak learning rate, 1.6 for a batch of 4096", ""),
@@ -239,6 +289,15 @@ def test_values(mistakes, key, value, message, near):
     ((place, problem),) = mistakes("nfnet", {key: value}).items()
     assert (place, problem.file, problem.value, problem.nearest) == (key, "override", value, near)
     assert problem.message.startswith(message)
+
+
+def test_a_batch_of_one_has_no_partner_in_it(mistakes):
+    alone = {"train.batch_size": 1, "augment.partners": "batch"}
+    problem = mistakes("nfnet", alone)["augment.partners"]
+    assert problem.message == "a batch of one image has no partner in it"
+    unmixed = {"augment.mixup": 0, "augment.cutmix": False}
+    for changes in (alone | unmixed, {"train.batch_size": 1}):
+        assert load_run("nfnet", changes).train.batch_size == 1
 
 
 def test_mistakes_in_rules(mistakes):
@@ -286,7 +345,7 @@ def test_runs_built_in_python_keep_the_rules():
     ("name", "message"),
     [
         ("nfnet_f0", "is a model, not a run: a run names it as model.spec"),
-        ("nfnett", "no run preset has this name; there are finetune, nf_regnet,"),
+        ("nfnett", "no run preset has this name; there are digits, finetune,"),
     ],
 )
 def test_unknown_runs(mistakes, name, message):
@@ -307,9 +366,13 @@ def test_repeated_json_keys_at_any_depth(write, mistakes):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_called_what_its_file_is_called_and_cites_its_source(name):
+def test_every_preset_is_called_what_its_file_is_called(name):
+    assert load_run(name).name == name
+
+
+@pytest.mark.parametrize("name", sorted({*PRESETS} - {"digits"}))
+def test_every_recipe_cites_its_source(name):
     run = load_run(name)
-    assert run.name == name
     assert "arXiv:" in run.summary
     first, *_ = shipped("runs")[name].read_text().splitlines()
     assert re.match(r"# .*arXiv:210\d\.\d{5}, section", first)
@@ -329,6 +392,8 @@ def summary(run: Run) -> dict[str, Any]:
         "agc": run.agc.clipping,
         "sam": run.sam.rho,
         "ema": run.ema.decay,
+        "mixing": (run.augment.mixup, run.augment.cutmix),
+        "randaugment": (run.augment.layers, run.augment.magnitude) if run.augment.layers else None,
     }
 
 
@@ -344,30 +409,38 @@ NFNET = {
     "agc": 0.01,
     "sam": 0.0,
     "ema": 0.99999,
+    "mixing": (0.2, True),
+    "randaugment": (4, 5),  # level 405
 }
+PLAIN = {"mixing": (0, False), "randaugment": None}  # crops and flips only
 SMALL_BATCH = {"dtype": "float32", "batch": 1024, "warmup": 6255.6982421875, "peak": 0.4}
 RECIPES = {
     "nfnet": NFNET,
-    "nfnet_sam": NFNET | {"spec": "nfnet_f6", "sam": 0.05},
+    "nfnet_sam": NFNET | {"spec": "nfnet_f6", "sam": 0.05, "randaugment": (4, 15)},
     "nf_regnet": NFNET
     | SMALL_BATCH
-    | {"spec": "nf_regnet_b0", "steps": 450_410, "end": 1e-3, "decay": 5e-5, "agc": 0},
-    "nf_resnet": NFNET | SMALL_BATCH | {"spec": "nf_resnet50", "decay": 1e-4, "ema": 0},
+    | {"spec": "nf_regnet_b0", "steps": 450_410, "end": 1e-3, "decay": 5e-5, "agc": 0}
+    | {"randaugment": None},
+    "nf_resnet": NFNET | SMALL_BATCH | PLAIN | {"spec": "nf_resnet50", "decay": 1e-4, "ema": 0},
     "pretrain": NFNET
+    | PLAIN
     | {"spec": "nfnet_f4_plus", "steps": 1_464_843, "warmup": 5000, "decay": 1e-6, "ema": 0},
     "finetune": NFNET
     | {"spec": "nfnet_f4_plus", "batch": 2048, "steps": 15_000, "warmup": 5000, "peak": 0.1}
-    | {"decay": 1e-5, "sam": 0.05},
+    | {"decay": 1e-5, "sam": 0.05, "randaugment": (4, 15)},
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_presets_are_the_published_recipes(name):
     run = load_run(name)
     assert run.train.examples == (0 if name == "pretrain" else IMAGENET)
     jft = {"train.examples": 300_000_000} if name == "pretrain" else {}
     run = load_run(run, jft)
     assert summary(run) == RECIPES[name]
+    assert run.data.source == ("images" if name == "pretrain" else "imagenet")
+    assert (run.data.crop_area, run.data.crop_ratio, run.data.flip) == (0.08, 4 / 3, True)
+    assert (run.augment.partners, run.augment.numerics) == ("fresh", "official")
     assert run.loss.label_smoothing == 0.1
     assert (run.optimizer.kind, run.optimizer.momentum, run.optimizer.nesterov) == (
         *("sgd", 0.9, True),
