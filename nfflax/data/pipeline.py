@@ -40,10 +40,11 @@ class Batches:
     Used in a `with` statement it closes itself.
     """
 
-    def __init__(self, dataset: Any, steps: int | None):
+    def __init__(self, dataset: Any, steps: int | None, *, uses_processes: bool):
         self._iterator = iter(dataset)
         self._iterator.start_prefetch()
         self._steps = steps
+        self._uses_processes = uses_processes
         self.skipped = 0
         """Images left out so far because they could not be decoded."""
 
@@ -69,7 +70,8 @@ class Batches:
     def close(self) -> None:
         """Stop the workers and free their memory."""
         self._iterator.close()
-        gc.collect()  # grain's iterators over processes hold shared memory in reference cycles
+        if self._uses_processes:
+            gc.collect()  # grain's iterators over processes hold shared memory in reference cycles
 
     def __enter__(self) -> "Batches":
         return self
@@ -177,7 +179,7 @@ def _batches(
         stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
     if processes or per_batch > 1:
         stream = stream.batch(per_batch, batch_fn=_joined)
-    return Batches(stream, steps)
+    return Batches(stream, steps, uses_processes=bool(processes))
 
 
 def _shuffled(count: int, seed: int) -> grain.MapDataset[int]:

@@ -176,6 +176,7 @@ def test_unroll_and_remat_change_no_number(how, plain_gradients):
         assert close(a, b) or np.abs(b).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_remat_saves_memory():
     def temporary(remat):
         model = small({"stages.depth": [1, 6]}, remat=remat)

@@ -47,7 +47,14 @@ def loss(graph, params, rest, x):
     return jnp.mean(jnp.square(logits - 1.0))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "nfnet",
+        "dense, strided shortcut",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("eca", "batch norm")),
+    ],
+)
 def case(request):
     changes = KINDS[request.param] | {"regularization.stochastic_depth": 0.3}
     model = nfflax.build(nfflax.load_spec(SPEC, changes), rngs=nnx.Rngs(0))

@@ -233,19 +233,15 @@ def network():
 LAYOUTS = {"batch": (2, 1, 1), "groups": (2, 2, 1), "height": (2, 1, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "platform"),
     [
+        ("batch", "cpu"),
         ("groups", "cpu"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("batch", "cpu"),
-                ("height", "cpu"),
-                ("batch", "default"),
-                ("groups", "default"),
-            )
-        ),
+        ("height", "cpu"),
+        ("batch", "default"),
+        ("groups", "default"),
     ],
 )
 def test_a_networks_shards_climb_alone(network, layout, platform, monkeypatch):
