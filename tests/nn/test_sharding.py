@@ -47,14 +47,7 @@ def loss(graph, params, rest, x):
     return jnp.mean(jnp.square(logits - 1.0))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "nfnet",
-        "dense, strided shortcut",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("eca", "batch norm")),
-    ],
-)
+@pytest.fixture(scope="module")
 def case(request):
     changes = KINDS[request.param] | {"regularization.stochastic_depth": 0.3}
     model = nfflax.build(nfflax.load_spec(SPEC, changes), rngs=nnx.Rngs(0))
@@ -78,13 +71,16 @@ def shardings(params, roles, mesh, rules):
 
 
 @pytest.mark.parametrize(
-    ("layout", "platform"),
+    ("case", "layout", "platform"),
     [
-        (2, "cpu"),
-        (1, "default"),
-        *(pytest.param(i, "cpu", marks=pytest.mark.slow) for i in (0, 3)),
-        pytest.param(4, "default", marks=pytest.mark.slow),
+        *((kind, 2, "cpu") for kind in ("nfnet", "dense, strided shortcut")),
+        *((kind, 1, "default") for kind in ("nfnet", "dense, strided shortcut")),
+        *(pytest.param("nfnet", i, "cpu", marks=pytest.mark.slow) for i in (0, 3)),
+        pytest.param("nfnet", 4, "default", marks=pytest.mark.slow),
+        pytest.param("eca", 2, "cpu", marks=pytest.mark.slow),
+        pytest.param("batch norm", 1, "default", marks=pytest.mark.slow),
     ],
+    indirect=["case"],
 )
 def test_gradients_equal_one_devices(case, layout, platform, monkeypatch):
     """On CPU as it runs there, and with the operations that GPUs and TPUs get."""

@@ -230,17 +230,15 @@ def network():
     return gradient, params, x_NHWC, key, mean(halves)
 
 
-LAYOUTS = {"batch": (2, 1, 1), "groups": (2, 2, 1), "height": (2, 1, 2)}
+LAYOUTS = {"groups": (2, 2, 1), "height": (2, 1, 2)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "platform"),
     [
-        ("batch", "cpu"),
         ("groups", "cpu"),
         ("height", "cpu"),
-        ("batch", "default"),
         ("groups", "default"),
     ],
 )
