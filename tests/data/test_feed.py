@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_streams import assert_equal, numbered
 
-from nfflax.data import ArraySource, DataError, TrainView, train_batches
+from nfflax.data import ArraySource, DataError, TrainView, open_source, train_batches
 from nfflax.data.augment import Mix, RandAugment, augment
 from nfflax.data.feed import augmentation, mix_of, randaugment_of, sized, train_feed
 from nfflax.spec.augment import Augment
@@ -98,3 +98,29 @@ def test_networks_that_can():
     run = load_run(RUN, {f"model.set.{key}": value for key, value in changes.items()})
     with train_feed(run, grey) as batches:
         assert next(batches)["images"].shape == (4, 8, 8, 1)
+
+
+def test_augmented_batches_are_the_same_for_any_workers_hosts_and_start():
+    """Bit for bit, from the source to what the network gets."""
+    run = load_run("digits", {"train.batch_size": 8, "augment.layers": 2, "augment.magnitude": 1.0})
+    source = open_source(run.data, "train")
+    augmented = jax.jit(augmentation(run))
+
+    def seen(step, count, **how):
+        workers, hosts = how.get("workers", 1), how.get("hosts", 1)
+        changed = load_run(run, {"data.workers": workers})
+        feeds = [train_feed(changed, source, step=step, host=h, hosts=hosts) for h in range(hosts)]
+        batches = []
+        for t in range(step, step + count):
+            parts = [next(feed) for feed in feeds]
+            whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            batches.append(jax.device_get(augmented(whole, t)))
+        for feed in feeds:
+            feed.close()
+        return batches
+
+    wanted = seen(0, 4)
+    for found in (seen(0, 4, workers=0), seen(0, 4, workers=3), seen(0, 4, hosts=2)):
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    jax.tree.map(np.testing.assert_array_equal, seen(2, 2), wanted[2:])
+    assert not np.array_equal(wanted[0]["images"], wanted[1]["images"])
