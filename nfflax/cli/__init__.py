@@ -64,6 +64,17 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, message)
 
 
+def add_command(commands: Any, name: str, run: Any, summary: str, *, has_json: bool) -> Parser:
+    """Declare a subcommand, with `--json` where it has something to tell programs."""
+    added = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+    )
+    added.set_defaults(run=run)
+    if has_json:
+        added.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return added
+
+
 def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     """Declare `--set KEY=VALUE`, which `nfflax.spec.load.parse_override` reads."""
     parser.add_argument(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nfflax.cli import Parser, console, data_run, display, new_table, print_json
+from nfflax.cli import Parser, add_command, console, data_run, display, new_table, print_json
 from nfflax.cli.data_parts import positive, progress, reference, whole
 
 if TYPE_CHECKING:
@@ -37,12 +37,7 @@ def add_arguments(parser: Parser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Any, summary: str) -> Parser:
-        added = commands.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
-        )
-        added.set_defaults(run=run)
-        added.add_argument("--json", action="store_true", help="print JSON, for programs")
-        return added
+        return add_command(commands, name, run, summary, has_json=True)
 
     def source_of(added: Parser) -> None:
         added.add_argument(

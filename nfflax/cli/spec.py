@@ -5,7 +5,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from nfflax.cli import Parser, add_overrides, console, display, new_table, print_json
+from nfflax.cli import Parser, add_command, add_overrides, console, display, new_table, print_json
 from nfflax.spec.errors import Problem, SpecError, nearest
 
 if TYPE_CHECKING:
@@ -26,13 +26,7 @@ def add_arguments(parser: Parser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Any, summary: str, *, has_json: bool = False) -> Parser:
-        added = commands.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
-        )
-        added.set_defaults(run=run)
-        if has_json:
-            added.add_argument("--json", action="store_true", help="print JSON, for programs")
-        return added
+        return add_command(commands, name, run, summary, has_json=has_json)
 
     listing = command("list", _list, "list the shipped specs with their costs", has_json=True)
     listing.add_argument(

@@ -20,6 +20,7 @@ from nfflax.optim.roles import (
     Static,
     Treatment,
     dotted,
+    from_the_end,
     is_probe,
     leaves_by_path,
     nearest_entry,
@@ -90,7 +91,7 @@ def agc(
         An entry holds for all below it, in place of the role's own flag.
       statistics: keep the share of clipped units in the state, for `nfflax.optim.metrics`.
     """
-    if not callable(clipping) and isinstance(clipping, int | float) and not clipping > 0:
+    if isinstance(clipping, int | float) and not clipping > 0:
         raise ValueError(f"clipping must be greater than 0, not {clipping}")
     if isinstance(eps, int | float) and not eps > 0:
         raise ValueError(f"eps must be greater than 0, not {eps}")
@@ -155,15 +156,16 @@ def _clip_scale(
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """What each unit's gradient is multiplied by, and its norm's ratio to the weight's."""
-    gradient_norm = _unit_norm(gradient, unit_axes)
-    weight_norm = jnp.maximum(_unit_norm(weight, unit_axes), eps)
+    gradient_norm = unit_norm(gradient, unit_axes)
+    weight_norm = jnp.maximum(unit_norm(weight, unit_axes), eps)
     most = weight_norm * limit
     exceeds = gradient_norm > most
     scale = jnp.where(exceeds, most / jnp.where(exceeds, gradient_norm, 1.0), 1.0)
     return scale, gradient_norm / weight_norm
 
 
-def _unit_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def unit_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The norm over some axes, which stay with length 1, in float32 or better."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
 
@@ -204,7 +206,7 @@ class _Treatments:
             role = self.roles.treatment(path, shape)
             axes = nearest_entry(explicit_axes, path)
             clip = nearest_entry(explicit_clip, path)
-            axes = role.unit_axes if axes is None else _from_the_end(axes, shape, path)
+            axes = role.unit_axes if axes is None else _checked_axes(axes, shape, path)
             clip = role.clip if clip is None else bool(clip)
             chosen[path] = (Treatment(axes, role.decay, clip), shape)
         return chosen
@@ -232,9 +234,11 @@ def _is_axes(value: Any) -> bool:
     return isinstance(value, tuple | list) and all(isinstance(axis, int) for axis in value)
 
 
-def _from_the_end(axes: Any, shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
-    """Axes counted from the end, for a leaf of this shape."""
-    rank = len(shape)
-    if not _is_axes(axes) or any(not -rank <= axis < rank for axis in axes):
-        raise ValueError(f"{dotted(path)} has shape {shape}: it has no unit_axes {axes}")
-    return tuple(sorted({axis % rank - rank for axis in axes}))
+def _checked_axes(axes: Any, shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    """Explicit axes, counted from the end, for a leaf of this shape."""
+    try:
+        if _is_axes(axes):
+            return from_the_end(axes, len(shape))
+    except ValueError:
+        pass
+    raise ValueError(f"{dotted(path)} has shape {shape}: it has no unit_axes {axes}")

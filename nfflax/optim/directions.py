@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nfflax.optim.agc import agc
+from nfflax.optim.agc import agc, unit_norm
 from nfflax.optim.momentum import momentum as decayed_momentum
 from nfflax.optim.roles import Path, Roles, leaves_by_path, map_by_path, with_roles
 
@@ -80,8 +80,7 @@ def lars_scaled(coefficient: float, roles: Roles) -> optax.GradientTransformatio
         if not treatment.decay:
             return gradient
         axes = tuple(range(treatment.stacked, jnp.ndim(weight)))
-        norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))  # noqa: E731
-        weight_norm, gradient_norm = norm(weight), norm(gradient)
+        weight_norm, gradient_norm = unit_norm(weight, axes), unit_norm(gradient, axes)
         known = (weight_norm > 0) & (gradient_norm > 0)
         ratio = coefficient * weight_norm / jnp.where(known, gradient_norm, 1.0)
         return gradient * jnp.where(known, ratio, 1.0)

@@ -96,7 +96,7 @@ def _transform(
         direction = optax.chain(clip, direction)
 
     def learns(params: optax.Params) -> Any:
-        return map_by_path(lambda path, _: bool(_factor(groups.factors, path)), params)
+        return map_by_path(lambda path, _: bool(nearest_entry(groups.factors, path)), params)
 
     if not all(groups.factors.values()):
         direction = optax.masked(direction, learns)
@@ -126,14 +126,10 @@ def _scaled_by(factors: Mapping[Path, float]) -> optax.GradientTransformation:
         return optax.identity()
 
     def scaled(path: Path, update: jax.Array) -> jax.Array:
-        factor = _factor(factors, path)
+        factor = nearest_entry(factors, path)
         return update * factor if factor else jnp.zeros_like(update)
 
     return optax.stateless(lambda updates, _: map_by_path(scaled, updates))
-
-
-def _factor(factors: Mapping[Path, float], path: Path) -> float:
-    return nearest_entry(factors, path)
 
 
 def _gradient(run: Any, value_and_grad: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,16 @@ from typing import Any
 
 from flax import nnx
 
-from nfflax.optim.roles import Path, Roles, Treatment, by_rank, dotted, part_of, read_roles
+from nfflax.optim.roles import (
+    Path,
+    Roles,
+    Treatment,
+    by_rank,
+    dotted,
+    from_the_end,
+    part_of,
+    read_roles,
+)
 from nfflax.spec.errors import Problem, SpecError, nearest
 
 _SHOWN = 5  # parameters that an error names
@@ -63,9 +72,11 @@ class Groups:
 
 def resolve(optimizer: Any, model: nnx.Module) -> Groups:
     """What the `[optimizer]` table of a run makes of the parameters of `model`."""
-    variables: dict[Any, Any] = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    parameters = nnx.state(model, nnx.Param)
+    variables: dict[Any, Any] = dict(nnx.to_flat_state(parameters))
     shapes: dict[Path, tuple[int, ...]] = {path: v.shape for path, v in variables.items()}
-    own = read_roles(nnx.state(model, nnx.Param))
+    own = read_roles(parameters)
+    stages = 1 + max(map(_stage, shapes), default=-1)
     problems: list[Problem] = []
     treatments: dict[Path, Treatment] = {}
     factors: dict[Path, float] = {}
@@ -81,7 +92,7 @@ def resolve(optimizer: Any, model: nnx.Module) -> Groups:
             treatment = dataclasses.replace(treatment, **changes)
             factor = factor if rule.learning_rate is None else rule.learning_rate
         treatments[path] = treatment
-        factors[path] = factor * optimizer.layer_decay ** _height(path, shapes)
+        factors[path] = factor * optimizer.layer_decay ** _height(path, stages)
     if uncovered:
         more = f" and {len(uncovered) - _SHOWN} more" if len(uncovered) > _SHOWN else ""
         problems.append(
@@ -128,17 +139,16 @@ def _axes(rule: Any, path: Path, shape: tuple[int, ...]) -> tuple[int, ...] | No
     """The unit axes that a rule names, counted from the end."""
     if rule.unit_axes is None:
         return None
-    rank = len(shape)
-    if any(not -rank <= axis < rank for axis in rule.unit_axes):
+    try:
+        return from_the_end(rule.unit_axes, len(shape))
+    except ValueError:
         message = f"{dotted(path)} has shape {list(shape)}: it lacks some of these axes"
         key = f"optimizer.rules ({rule.match}).unit_axes"
-        raise SpecError([Problem("run", key, message, list(rule.unit_axes))])
-    return tuple(sorted({axis % rank - rank for axis in rule.unit_axes}))
+        raise SpecError([Problem("run", key, message, list(rule.unit_axes))]) from None
 
 
-def _height(path: Path, shapes: Mapping[Path, Any]) -> int:
+def _height(path: Path, stages: int) -> int:
     """How many parts lie between a parameter and the top: the stem is farthest, the head at 0."""
-    stages = 1 + max(map(_stage, shapes))
     if _stage(path) >= 0:
         return stages - _stage(path)
     return stages + 1 if "stem" in path[:-1] else 0

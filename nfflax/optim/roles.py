@@ -6,7 +6,7 @@ that `init` is given, and looked up by path afterwards. Paths also survive `opta
 `optax.multi_transform`, which replace leaves by placeholders.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +89,14 @@ def by_rank(shape: tuple[int, ...]) -> Treatment:
     else:
         axes = tuple(range(-rank, -1))
     return Treatment(axes, decay=rank >= 2, clip=True)
+
+
+def from_the_end(axes: Iterable[int], rank: int) -> tuple[int, ...]:
+    """Axes of an array of this rank, counted from the end; ValueError where it lacks one."""
+    counted = list(axes)
+    if any(not -rank <= axis < rank for axis in counted):
+        raise ValueError(f"an array of rank {rank} lacks some of the axes {counted}")
+    return tuple(sorted({axis % rank - rank for axis in counted}))
 
 
 def part_of(path: Path) -> str:
