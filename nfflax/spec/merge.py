@@ -1,6 +1,7 @@
 """Layers of a document merged into one, validated, and every mistake traced to its file."""
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -13,6 +14,7 @@ from nfflax.spec.files import NOT_FOR_DOCUMENTS, Layer, Origin
 
 D = TypeVar("D", bound=Document)
 OVERRIDE = Origin("override")
+_MAX_FINDINGS = 1000  # mistakes of one table that are explained; nobody reads so many
 
 
 class Merged(Generic[D]):
@@ -82,7 +84,7 @@ class Merged(Generic[D]):
     def _add_errors(self, error: Exception, model: type[Table], name: str, raw: Any) -> None:
         found = [Finding(name, "is nested too deeply")]
         if isinstance(error, ValidationError):
-            found = list(explain(error, self.root, name, raw))
+            found = list(islice(explain(error, self.root, name, raw), _MAX_FINDINGS))
         if isinstance(raw, Mapping):
             blamed = {finding.key for finding in found}
             uneven = uneven_columns(name, raw, model.columns)
