@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nfflax import data as data
     from nfflax import nn as nn
     from nfflax import optim as optim
+    from nfflax import train as train
     from nfflax import weights as weights
     from nfflax.insight.spp import signals as signals
     from nfflax.nn.activations import gamma_of as gamma_of
@@ -54,10 +55,10 @@ _MODULE_OF = {
     "role_of": "nfflax.nn.roles",
     "signals": "nfflax.insight.spp",
 }
-_SUBPACKAGES = ("data", "insight", "nn", "optim", "spec", "weights")
+_SUBPACKAGES = ("data", "insight", "nn", "optim", "spec", "train", "weights")
 
 __version__ = "0.1.0"
-__all__ = sorted([*_MODULE_OF, "data", "nn", "optim", "weights"])
+__all__ = sorted([*_MODULE_OF, "data", "nn", "optim", "train", "weights"])
 
 
 def __getattr__(name: str) -> Any:

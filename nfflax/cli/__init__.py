@@ -1,7 +1,8 @@
 """The `nfflax` command: finds the command asked for, runs it, and ends politely when it cannot.
 
 A command is a module of this package with `add_arguments(parser)`, which sets `run`, a function of
-the parsed arguments. Only the module asked for is imported, so that help costs nothing.
+the parsed arguments that may return an exit code. Only the module asked for is imported, so that
+help costs nothing.
 """
 
 import argparse
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "data": "look into a source of images, pack one, see and time what a run feeds",
+    "eval": "evaluate a trained network on its own data or on others",
+    "predict": "show what a trained network sees in images",
     "spec": "list, show, check and compare the specs of networks",
-    "train": "show what a training run would do",
+    "train": "train a network as a run file says, or show what that would do",
 }
 
 
@@ -121,14 +124,26 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, allow_nan=False))
 
 
+def report(error: SpecError, *, as_json: bool) -> None:
+    """Print what is wrong with what was given: to people on stderr, to programs on stdout."""
+    if as_json:
+        print_json({"problems": [_problem(problem) for problem in error.problems]})
+        return
+    from rich.text import Text
+
+    text = Text.assemble(("error", "bold red"), f": {error}")
+    text.highlight_regex(r"(?m)^    did you mean: .*$", "green")
+    sys.stdout.flush()
+    console(stderr=True).print(text, soft_wrap=True)
+
+
 def _run(argv: Sequence[str]) -> int:
     args = _parser(argv).parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except SpecError as error:
-        _report(error, as_json=getattr(args, "json", False))
+        report(error, as_json=getattr(args, "json", False))
         return 2
-    return 0
 
 
 def _parser(argv: Sequence[str]) -> Parser:
@@ -145,18 +160,6 @@ def _parser(argv: Sequence[str]) -> Parser:
         if name == chosen:
             importlib.import_module(f"nfflax.cli.{name}").add_arguments(command)
     return parser
-
-
-def _report(error: SpecError, *, as_json: bool) -> None:
-    if as_json:
-        print_json({"problems": [_problem(problem) for problem in error.problems]})
-        return
-    from rich.text import Text
-
-    text = Text.assemble(("error", "bold red"), f": {error}")
-    text.highlight_regex(r"(?m)^    did you mean: .*$", "green")
-    sys.stdout.flush()
-    console(stderr=True).print(text, soft_wrap=True)
 
 
 def _problem(problem: Problem) -> dict[str, Any]:

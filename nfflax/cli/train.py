@@ -1,198 +1,132 @@
-"""`nfflax train`: what a run would do, before it is let loose."""
-# ruff: noqa: RUF001 - the multiplication sign and the dash are meant
+"""`nfflax train`: a run from its file to checkpoints, curves and the next thing to try."""
 
 import argparse
 import sys
-import warnings
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nfflax.cli import Parser, add_overrides, display, new_table, print_json
+from nfflax.cli import Parser, add_overrides, display, print_json
+from nfflax.cli.data_parts import positive, reference, whole
+from nfflax.cli.processes import add_processes, carry_out, is_first, say_error
 from nfflax.spec.presets import shipped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.console import RenderableType
-
-    from nfflax.optim.factory import Recipe
-    from nfflax.spec.plan import Plan
     from nfflax.spec.run import Run
+    from nfflax.train.outcome import Result
 
 _EXAMPLES = """examples:
+  nfflax train digits
+  nfflax train my_run.toml --set train.epochs=90 --workdir runs/short
+  nfflax train my_run.toml --resume
+  nfflax train my_run.toml --resume --coordinator host0:8476 --processes 2 --process 1
   nfflax train nfnet --dry-run
-  nfflax train my_run.toml --set train.epochs=90 --dry-run
   nfflax train nfnet --set model.spec=nfnet_f1 --set model.set.head.num_classes=10 --dry-run
 """
-_COLUMNS = 48  # points at which the schedule is drawn
+_CODES = """exit codes:
+    0  done
+    1  the run cannot go on: it diverged, or a checkpoint cannot be written
+    2  the run, the data, the devices or the folder cannot be used as asked
+   75  told to stop (SIGTERM): saved; --resume goes on
+  130  Ctrl-C: saved; --resume goes on
+"""
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the arguments."""
-    parser.description = "Show what a training run would do: network, schedule, optimiser, groups."
-    parser.epilog = f"{_EXAMPLES}\npresets: {', '.join(shipped('runs'))}"
+    parser.description = "Train a network as a run file says, and leave all of it in one folder."
+    parser.epilog = f"{_EXAMPLES}\n{_CODES}\npresets: {', '.join(shipped('runs'))}"
     parser.set_defaults(run=_train)
     parser.add_argument("source", metavar="RUN", help="a run preset's name, or a run file")
     add_overrides(parser, "train.batch_size=1024")
+    parser.add_argument(
+        "--workdir", type=reference, metavar="DIR", help="the run's folder (runs/NAME)"
+    )
+    begun = parser.add_mutually_exclusive_group()
+    begun.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
+    )
+    begun.add_argument(
+        "--overwrite", action="store_true", help="remove the run that is in the folder, and start"
+    )
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="end at step N, with a checkpoint"
+    )
+    parser.add_argument(
+        "--profile", type=_steps, metavar="A:B", default=range(0), help="record steps A to B"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the plan, and do nothing")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_processes(parser)
 
 
-def _train(args: argparse.Namespace) -> None:
-    if not args.dry_run:
-        message = "this version only shows the plan of a run; add --dry-run"
-        print(f"nfflax train: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    from nfflax.spec.load import load_run, parse_override
-    from nfflax.spec.plan import plan
-
-    run = _timed(load_run(args.source, dict(map(parse_override, args.overrides))))
-    network = plan(run.spec, resolution=run.spec.resolution.train)
-    recipe = _recipe(run)
-    if args.json:
-        print_json(_data(run, network, recipe))
-    else:
-        display(_page(run, network, recipe))
-
-
-def _timed(run: "Run") -> "Run":
-    """The run, with the length of its epochs from its source where nothing else says it."""
-    if not run.needs_examples:
-        return run
-    from nfflax.data.errors import DataError
-    from nfflax.data.feed import sized
-    from nfflax.data.sources import open_source
-    from nfflax.spec.errors import Problem
-
+def _steps(text: str) -> range:
+    """A range of steps, as an argument."""
     try:
-        return sized(run, open_source(run.data, run.data.train))
-    except DataError as error:
-        message = "is left to the data source, which cannot be opened"
-        problem = Problem(f"run {run.name}", "train.examples", message, 0, "1 or more")
-        raise DataError([problem, *error.problems]) from None
+        first, last = map(whole, text.split(":"))
+        if first < last:
+            return range(first, last)
+    except (argparse.ArgumentTypeError, ValueError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no range of steps such as 20:30")
 
 
-def _recipe(run: "Run") -> "Recipe":
-    """The run's optimiser, for a network without arrays."""
-    from flax import nnx
+def _train(args: argparse.Namespace) -> int:
+    if not args.dry_run:
+        return carry_out(args, lambda: _carry_out(_run(args), args))
+    from nfflax.cli.train_plan import show
 
-    import nfflax
-    from nfflax.optim import RecipeWarning, from_spec
-
-    model = nnx.eval_shape(lambda: nfflax.build(run.spec, rngs=nnx.Rngs(0)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RecipeWarning)  # the page shows them
-        return from_spec(run, model)
+    show(_run(args), as_json=args.json)
+    return 0
 
 
-def _rates(run: "Run", recipe: "Recipe") -> dict[int, float]:
-    """The learning rate at steps from the first to the last."""
-    import numpy as np
+def _run(args: argparse.Namespace) -> "Run":
+    from nfflax.spec.load import load_run, parse_override
 
-    last = max(run.steps - 1, 0)
-    steps = {round(i * last / (_COLUMNS - 1)) for i in range(_COLUMNS)}
-    return {step: np.asarray(recipe.schedule(step)).item() for step in sorted(steps)}
+    return load_run(args.source, dict(map(parse_override, args.overrides)))
 
 
-def _data(run: "Run", network: "Plan", recipe: "Recipe") -> dict[str, Any]:
-    """The plan of the run, for programs."""
-    return {
-        "params": network.params,
-        "macs": network.macs(),
-        "steps": run.steps,
-        "epochs": run.steps / run.steps_per_epoch if run.train.examples else None,
-        "warmup": run.warmup,
-        "peak_learning_rate": run.peak_learning_rate,
-        "learning_rate": [{"step": k, "rate": v} for k, v in _rates(run, recipe).items()],
-        "groups": [vars(group) for group in recipe.groups],
-        "warnings": list(recipe.warnings),
-        "run": run.model_dump(mode="json"),
-    }
+def _carry_out(run: "Run", args: argparse.Namespace) -> int:
+    from nfflax.optim.guard import DivergedError
+    from nfflax.train.cache import use_compilation_cache
+    from nfflax.train.errors import TrainError
+    from nfflax.train.loop import train
+
+    use_compilation_cache()
+    workdir = Path(args.workdir or Path("runs", run.name))
+    try:
+        result = train(
+            run,
+            workdir,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            steps=args.steps,
+            profile=args.profile,
+            stream=sys.stderr,
+        )
+    except (TrainError, DivergedError) as error:
+        say_error(error)
+        return 1
+    if is_first():
+        _close(result, as_json=args.json)
+    return result.stopped or 0
 
 
-def _page(run: "Run", network: "Plan", recipe: "Recipe") -> "RenderableType":
-    """The same for people."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+def _close(result: "Result", *, as_json: bool) -> None:
+    """Draw the curves, and print what came out and what to try next."""
+    from nfflax.train.curve import CURVE, draw_curve
+    from nfflax.train.history import METRICS, read_history
+    from nfflax.train.outcome import closing_data, closing_table
 
-    from nfflax.spec.table import human
-
-    facts = Table.grid(padding=(0, 2, 0, 0))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column()
-    for name, fact in _facts(run, network):
-        facts.add_row(name, fact)
-        if name == "schedule":
-            facts.add_row("", Text(_curve(list(_rates(run, recipe).values())), "green"))
-    for warning in recipe.warnings:
-        facts.add_row(Text("warning", "yellow"), Text(warning, "yellow"))
-    groups = new_table()
-    groups.add_column("parameters", style="bold", overflow="fold")
-    groups.add_column("tensors", justify="right")
-    groups.add_column("weights", justify="right", style="green")
-    for header in ("decay", "clip", "rate"):
-        groups.add_column(header, justify="right")
-    for group in recipe.groups:
-        is_frozen = not group.learning_rate
-        treatment = group.decay, group.clip, group.learning_rate
-        cells = ["–", "–", "frozen"] if is_frozen else [f"{x:g}" if x else "–" for x in treatment]
-        cells[2] = cells[2] if is_frozen else f"× {cells[2]}"
-        groups.add_row(group.name, str(len(group.parameters)), human(group.count, 2), *cells)
-    summary = "".join(c if c.isprintable() else " " for c in run.summary)
-    title = Text.assemble((run.name, "bold cyan"), f"  {summary}")
-    return Group(title, "", facts, "", groups)
-
-
-def _facts(run: "Run", network: "Plan") -> "Iterator[tuple[str, str]]":
-    """What the run is made of, by name."""
-    from nfflax.spec.table import human
-
-    train, schedule, optimizer = run.train, run.schedule, run.optimizer
-    side = run.spec.resolution.train
-    costs = f"{human(network.params)} params · {human(network.macs(), 2)} MACs at {side}×{side}"
-    remat = f" · remat {run.model.remat}" if run.model.remat != "none" else ""
-    yield "model", f"{run.spec.name} · {costs} · {run.model.dtype}{remat}"
-    yield "data", run.data.in_words
-    yield "augment", run.augment.in_words
-    microbatches = f" in {train.accumulate} microbatches" if train.accumulate > 1 else ""
-    yield "batch", f"{train.batch_size:,} images{microbatches}"
-    length = f"{run.steps:,} steps"
-    if train.examples:
-        length += f" · {run.steps / run.steps_per_epoch:,.4g} epochs of {train.examples:,} images"
-    yield "length", length
-    peak = f"{run.peak_learning_rate:.4g}"
-    if schedule.reference_batch:
-        scale = f"{train.batch_size} / {schedule.reference_batch}"
-        peak += f" = {schedule.learning_rate:g} × {scale}"
-    yield "rate", peak
-    warmup = f"{run.warmup:,.6g} steps of warm-up from {schedule.start:g}"
-    after = {
-        "cosine": f"cosine to {schedule.end:g}",
-        "exponential": f"× {schedule.decay_factor:g} every {schedule.decay_epochs:g} epochs",
-        "constant": "constant",
-    }
-    yield "schedule", " · ".join([*[warmup] * bool(run.warmup), after[schedule.kind]])
-    settings = {
-        "sgd": f"momentum {optimizer.momentum:g}{', Nesterov' if optimizer.nesterov else ''}",
-        "adamw": f"b1 {optimizer.b1:g}, b2 {optimizer.b2:g}, epsilon {optimizer.epsilon:g}",
-        "lion": f"b1 {optimizer.b1:g}, b2 {optimizer.b2:g}",
-    }
-    settings["lars"] = f"{settings['sgd']}, trust coefficient {optimizer.trust_coefficient:g}"
-    decay = f"weight decay {optimizer.weight_decay:g}"
-    yield "optimizer", f"{optimizer.kind} · {settings[optimizer.kind]} · {decay}"
-    yield "loss", f"cross entropy · label smoothing {run.loss.label_smoothing:g}"
-    agc, sam, ema, guard = run.agc, run.sam, run.ema, run.guard
-    yield "AGC", f"{agc.clipping:g} · eps {agc.eps:g}" if agc.clipping else "off"
-    synchronized = " · synchronised" * sam.synchronize
-    ascent = f"rho {sam.rho:g} · ascent on {sam.fraction:.0%} of the batch{synchronized}"
-    yield "SAM", ascent if sam.rho else "off"
-    yield "EMA", f"{ema.decay:g}{' with warm-up' * ema.warmup}" if ema.decay else "off"
-    broken = "not finite" + (f" or over {guard.spike:g} × its average" if guard.spike else "")
-    stop = f"the run stops after {guard.patience} in a row"
-    yield "guard", f"skips a step whose gradient is {broken} · {stop}"
-
-
-def _curve(rates: list[float]) -> str:
-    """A line of bars, the highest for the highest rate."""
-    bars, highest = "▁▂▃▄▅▆▇█", max(rates)
-    return "".join(bars[round(7 * rate / highest) if highest else 0] for rate in rates)
+    notes = []
+    try:
+        history = read_history(result.workdir / METRICS)
+        draw_curve(history, result.workdir / CURVE, str(result.workdir))
+    except (ImportError, OSError) as error:
+        notes.append(str(error))
+    if as_json:
+        print_json(closing_data(result))
+        return
+    display(closing_table(result))
+    for note in notes:
+        display(note)
+    print(f"\nnext: nfflax eval {result.workdir}")

@@ -46,7 +46,7 @@ def train_feed(
 
     Raises DataError where the network cannot take the source's images or labels.
     """
-    _check(run, source)
+    check_source(run, source)
     return train_batches(
         source,
         TrainView.of(run.spec, run.data),
@@ -79,8 +79,8 @@ def augmentation(run: Run) -> Augmentation:
     return augmented
 
 
-def _check(run: Run, source: Source) -> None:
-    """That the network takes the source's images and knows its labels."""
+def check_source(run: Run, source: Source) -> None:
+    """That the network takes the source's images and knows its labels; raises DataError."""
     spec, name = run.spec, f"run {run.name}"
     channels, classes = spec.stem.in_channels, spec.head.num_classes
     problems = []

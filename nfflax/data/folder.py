@@ -12,7 +12,7 @@ from nfflax.data.sources import Record, unknown_split
 from nfflax.spec.errors import Problem, nearest
 
 _EXTENSIONS = ("jpeg", "jpg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_IS_IMAGE = re.compile(rf"\.({'|'.join(_EXTENSIONS)})$", re.IGNORECASE)
+IS_IMAGE = re.compile(rf"\.({'|'.join(_EXTENSIONS)})$", re.IGNORECASE)
 # A line of a list: a path, and its class (a name or a number) unless that is the path's folder.
 _LINE = re.compile(rf"(.+?\.(?:{'|'.join(_EXTENSIONS)}))(?:\s+(\S.*))?", re.IGNORECASE)
 _MAX_BYTES = 1 << 28  # of an image file; larger ones are something else
@@ -110,7 +110,7 @@ def _images_below(place: Path, folders: dict[str, int], root: Path) -> Iterator[
         for parent, _, files in os.walk(place / folder, followlinks=True):
             below = os.path.relpath(parent, root)
             for file in files:
-                if _IS_IMAGE.search(file) and not file.startswith("."):
+                if IS_IMAGE.search(file) and not file.startswith("."):
                     yield os.path.join(below, file), folders[folder]
 
 

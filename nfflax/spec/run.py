@@ -13,6 +13,7 @@ from nfflax.spec.augment import Augment
 from nfflax.spec.base import Document, Table, as_tuple
 from nfflax.spec.data import Data
 from nfflax.spec.errors import Problem, SpecError
+from nfflax.spec.execution import Checkpoint, Eval, Log, Mesh
 from nfflax.spec.schema import MAX_DEPTH, Positive, Rate, Spec
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Model(Table):
     convolution outputs ("conv"), or nothing."""
     unroll: Annotated[int, Field(ge=1, le=MAX_DEPTH)] = 1
     """How many of a stage's equal blocks the compiler sees at once; 1 compiles fastest."""
+    weights: Annotated[str, Field(max_length=1000)] = ""
+    """Weights to start from: a run's folder, one of its checkpoints, or a file that DeepMind
+    released. A classifier for other classes starts anew; everything else must fit."""
 
 
 class Train(Table):
@@ -229,6 +233,10 @@ class Run(Document):
     schedule: Schedule = Schedule()
     ema: Ema = Ema()
     guard: Guard = Guard()
+    eval: Eval = Eval()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
 
     @property
     def spec(self) -> Spec:
@@ -251,8 +259,23 @@ class Run(Document):
         return self._known(self.schedule.warmup(self.train))
 
     @property
+    def eval_every(self) -> int:
+        """Steps between two evaluations; 0: only at the end."""
+        return self._interval(self.eval)
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between two checkpoints; 0: only at the end."""
+        return self._interval(self.checkpoint)
+
+    def _interval(self, table: Eval | Checkpoint) -> int:
+        if table.every_steps or not table.every_epochs:
+            return table.every_steps
+        return max(1, round(table.every_epochs * self.steps_per_epoch))
+
+    @property
     def needs_examples(self) -> bool:
-        """Whether something is given in epochs, and nothing here says how long they are."""
+        """Whether the recipe is given in epochs, and nothing here says how long they are."""
         lengths = self.train.length, self.schedule.warmup(self.train)
         is_open = None in lengths or self.schedule.kind == "exponential"
         return is_open and not self.train.examples

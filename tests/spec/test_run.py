@@ -416,6 +416,11 @@ PLAIN = {"mixing": (0, False), "randaugment": None}  # crops and flips only
 SMALL_BATCH = {"dtype": "float32", "batch": 1024, "warmup": 6255.6982421875, "peak": 0.4}
 RECIPES = {
     "nfnet": NFNET,
+    **{  # levels 410 and 415
+        f"nfnet_f{size}": NFNET
+        | {"spec": f"nfnet_f{size}", "randaugment": (4, 10 if size < 3 else 15)}
+        for size in range(1, 8)
+    },
     "nfnet_sam": NFNET | {"spec": "nfnet_f6", "sam": 0.05, "randaugment": (4, 15)},
     "nf_regnet": NFNET
     | SMALL_BATCH

@@ -1,0 +1,103 @@
+"""A run made ready for its devices: state, steps and feeds that fit each other and one mesh."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nfflax.data.feed import train_feed
+from nfflax.data.pipeline import Batches, eval_batches
+from nfflax.data.sources import Source
+from nfflax.data.views import EvalView
+from nfflax.optim.factory import Recipe, RecipeWarning, from_spec
+from nfflax.spec.errors import Problem, SpecError
+from nfflax.spec.run import Run
+from nfflax.train.mesh import batch_sharding, check_fits, feed_rows
+from nfflax.train.state import State, abstract_model, abstract_state, make_state, shardings_of
+from nfflax.train.step import Batch, Metrics, eval_step, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a run computes on one mesh. Call its functions inside `jax.set_mesh(program.mesh)`."""
+
+    run: Run
+    mesh: jax.sharding.Mesh
+    recipe: Recipe
+    abstract: State
+    """Shape, type and sharding of every array of the state."""
+    init: Callable[[], State]
+    """The state at step 0."""
+    train_step: Callable[[State, Batch], tuple[State, Metrics]]
+    """One update; uses up the state that it is given."""
+    eval_step: Callable[[Any, Any, Batch], Metrics]
+    """(parameters, BatchNorm's statistics, batch) -> sums over its valid rows."""
+
+    def put(self, batch: Mapping[str, np.ndarray], batch_size: int) -> Batch:
+        """This process's rows of a batch of `batch_size`, as arrays on the devices."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            key: jax.make_array_from_process_local_data(
+                sharding, rows, (batch_size, *rows.shape[1:])
+            )
+            for key, rows in batch.items()
+        }
+
+    def feed(self, source: Source, step: int) -> Batches:
+        """This process's part of the training batches from `step` on."""
+        host, hosts = feed_rows(self.mesh, self.run.train.batch_size)
+        return train_feed(self.run, source, step=step, host=host, hosts=hosts)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per evaluation step."""
+        return self.run.eval.batch_size or self.run.train.batch_size
+
+    def eval_feed(self, source: Source) -> Batches:
+        """This process's part of one pass over a source."""
+        host, hosts = feed_rows(self.mesh, self.eval_batch_size)
+        view, size = EvalView.of(self.run.spec), self.eval_batch_size
+        return eval_batches(
+            source, view, batch_size=size, host=host, hosts=hosts, data=self.run.data
+        )
+
+
+def make_program(run: Run, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a run whose length is known (`nfflax.data.sized`). Compiles nothing yet."""
+    if not run.spec.head.num_classes:
+        message = "leaves nothing to train: the loss needs classes"
+        key = "model.set.head.num_classes"
+        raise SpecError([Problem(f"run {run.name}", key, message, 0, "1 or more")])
+    check_fits(run, mesh)
+    model = abstract_model(run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecipeWarning)  # they are in the recipe, for who asks
+        recipe = from_spec(run, model)
+    graph = nnx.graphdef(model)
+    abstract = abstract_state(run, recipe, mesh)
+    state, rows = shardings_of(abstract), batch_sharding(mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    params, stats = state["params"], state["stats"]
+    return Program(
+        run=run,
+        mesh=mesh,
+        recipe=recipe,
+        abstract=abstract,
+        init=make_state(run, recipe, abstract),
+        train_step=jax.jit(
+            train_step(run, recipe, graph, mesh),
+            donate_argnums=0,
+            in_shardings=(state, rows),
+            out_shardings=(state, whole),
+        ),
+        eval_step=jax.jit(
+            eval_step(run, graph, mesh),
+            in_shardings=(params, stats, rows),
+            out_shardings=whole,
+        ),
+    )
