@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,7 @@ RUN = {
     "log": {"every": 1, "tensorboard": False},
 }
 KILL_AIMS = ("save", "anywhere", "evaluation", "anywhere", "save", "compile", "anywhere", "start")
-TERM_AIMS = ("save", "anywhere", "compile", "evaluation", "start", "anywhere", "import")
+TERM_AIMS = ("import", "save", "evaluation", "anywhere", "compile", "start", "anywhere")
 
 
 @dataclasses.dataclass
@@ -108,17 +109,18 @@ class Life:
 
     def doing(self) -> str:
         """What it is at, or was at when it was killed."""
-        if "checking gradients" not in self.said:
+        if not self.said:
             return "import"
-        if unfinished(self.workdir):
-            return "save"
-        if newest(self.workdir) == self.steps:
-            return "exit"
-        if self.said.endswith("evaluating\n"):
-            return "evaluation"
         if "compiling" not in self.said:
             return "start"
-        return "step" if last_step(train_lines(self.workdir)) > self.found else "compile"
+        if newest(self.workdir) == self.steps:
+            return "exit"
+        saving = ", saving" if unfinished(self.workdir) else ""
+        if self.said.endswith("evaluating\n"):
+            return f"evaluation{saving}"
+        if last_step(train_lines(self.workdir)) > self.found:
+            return f"step{saving}"
+        return "compile"
 
     def reach(self, aim: str, span: float, chance: random.Random) -> bool:
         """Wait for a random moment of this kind; False where the process ends before.
@@ -126,25 +128,24 @@ class Life:
         `span` is about how long it may train before.
         """
         if aim == "import":
-            return self._at(lambda: True, chance.uniform(0, 2))
+            return self._at(self._heeds_sigterm, chance.uniform(0, 2))
         if aim == "start":
             return self._at(lambda: "checking gradients" in self.said, chance.uniform(0, 1))
         if aim == "exit":
             return self._at(lambda: newest(self.workdir) == self.steps, chance.uniform(0, 1))
         if not self._at(lambda: "compiling" in self.said, 0):
             return False
-        if aim in ("compile", "anywhere"):
-            return self._at(lambda: True, chance.uniform(0, 1 if aim == "compile" else 1 + span))
+        if aim == "compile":
+            return self._at(lambda: True, chance.uniform(0, 1))
         metrics = self.workdir / METRICS
         before = metrics.stat().st_size
-        if not self._at(lambda: metrics.stat().st_size > before, chance.uniform(0, span)):
-            return False
+        has_begun = self._at(lambda: metrics.stat().st_size > before, chance.uniform(0, span))
+        if aim == "anywhere" or not has_begun:
+            return has_begun
+        if aim == "save":
+            return self._at(lambda: bool(unfinished(self.workdir)), chance.uniform(0, 0.15))
         told = self.said.count("evaluating")
-        aimed_at = {
-            "save": lambda: bool(unfinished(self.workdir)),
-            "evaluation": lambda: self.said.count("evaluating") > told,
-        }
-        return self._at(aimed_at[aim], chance.uniform(0, 0.15))
+        return self._at(lambda: self.said.count("evaluating") > told, chance.uniform(0, 0.15))
 
     def _at(self, condition: Callable[[], bool], delay: float) -> bool:
         """Some time after a condition begins to hold; False where the process ends before."""
@@ -155,6 +156,12 @@ class Life:
             time.sleep(0.002)
         time.sleep(delay)
         return self.process.poll() is None
+
+    def _heeds_sigterm(self) -> bool:
+        """Whether Python has come so far as to have a handler; true where that cannot be known."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        caught = re.search(r"SigCgt:\s*(\w+)", status.read_text()) if status.exists() else None
+        return caught is None or bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
     def end(self) -> int:
         """Wait for it; the exit code."""
@@ -340,7 +347,7 @@ def main() -> int:
 
 def show(console: Console, name: str, stops: list[Stop], runs: int) -> None:
     """Where the stops fell, and what they cost."""
-    table = Table(title=f"{len(stops)} {name} in {runs} runs")
+    table = Table(title=f"{len(stops)} {name}, runs: {runs}")
     table.add_column("during")
     for header in ("times", "steps lost", "steps finished after"):
         table.add_column(header, justify="right")

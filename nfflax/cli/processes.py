@@ -35,7 +35,12 @@ def carry_out(args: argparse.Namespace, work: Callable[[], int | None]) -> int:
     """The exit code of a command's work, done along with the other processes, if there are any."""
     from nfflax.train import distributed
 
-    distributed.start(args.coordinator or "", args.processes or 0, args.process)
+    try:
+        distributed.start(args.coordinator or "", args.processes or 0, args.process)
+    except SpecError as error:
+        report(error, as_json=args.json)
+        distributed.leave(2)
+        return 2
     if not distributed.has_joined():
         return work() or 0
     with _own_stdout():
@@ -63,6 +68,8 @@ def _explained(error: BaseException, *, as_json: bool) -> int:
     """Print what ended the work; the exit code for it."""
     if isinstance(error, KeyboardInterrupt):
         return 130
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
     if isinstance(error, SpecError) and is_first():
         report(error, as_json=as_json)
     elif isinstance(error, SpecError):

@@ -24,7 +24,7 @@ _EXAMPLES = """examples:
 """
 _CODES = """exit codes:
     0  done
-    1  the run cannot go on: it diverged, or a checkpoint cannot be written
+    1  the run cannot go on: it diverged, a checkpoint cannot be written, a process is gone
     2  the run, the data, the devices or the folder cannot be used as asked
    75  told to stop (SIGTERM): saved; --resume goes on
   130  Ctrl-C: saved; --resume goes on
@@ -72,7 +72,10 @@ def _steps(text: str) -> range:
 
 def _train(args: argparse.Namespace) -> int:
     if not args.dry_run:
-        return carry_out(args, lambda: _carry_out(_run(args), args))
+        from nfflax.train.stopping import stops_at_once
+
+        with stops_at_once():
+            return carry_out(args, lambda: _carry_out(_run(args), args))
     from nfflax.cli.train_plan import show
 
     show(_run(args), as_json=args.json)

@@ -1,6 +1,7 @@
 """What a training run would do, as `nfflax train --dry-run` prints it."""
 # ruff: noqa: RUF001 - the multiplication sign and the dash are meant
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from nfflax.spec.execution import Checkpoint, Eval
     from nfflax.spec.plan import Plan
     from nfflax.spec.run import Run
+    from nfflax.train.errors import MeshError
+    from nfflax.train.layout import Layout
 
 _COLUMNS = 48  # points at which the schedule is drawn
 
@@ -26,10 +29,11 @@ def show(run: "Run", *, as_json: bool) -> None:
     run = _timed(run)
     network = plan(run.spec, resolution=run.spec.resolution.train)
     recipe = _recipe(run)
+    state = _layout(run, recipe)
     if as_json:
-        print_json(_data(run, network, recipe))
+        print_json(_data(run, network, recipe, state))
     else:
-        display(_page(run, network, recipe))
+        display(_page(run, network, recipe, state))
 
 
 def _timed(run: "Run") -> "Run":
@@ -62,6 +66,21 @@ def _recipe(run: "Run") -> "Recipe":
         return from_spec(run, model)
 
 
+def _layout(run: "Run", recipe: "Recipe") -> "Layout | MeshError":
+    """How the training state would lie on the devices here, or why it cannot."""
+    from nfflax.train.errors import MeshError
+    from nfflax.train.layout import layout
+    from nfflax.train.mesh import check_fits, make_mesh
+    from nfflax.train.state import abstract_state
+
+    try:
+        mesh = make_mesh(run.mesh)
+        check_fits(run, mesh)
+    except MeshError as error:  # a plan for a pod may be looked at from a laptop
+        return error
+    return layout(abstract_state(run, recipe, mesh))
+
+
 def _rates(run: "Run", recipe: "Recipe") -> dict[int, float]:
     """The learning rate at steps from the first to the last."""
     import numpy as np
@@ -71,7 +90,9 @@ def _rates(run: "Run", recipe: "Recipe") -> dict[int, float]:
     return {step: np.asarray(recipe.schedule(step)).item() for step in sorted(steps)}
 
 
-def _data(run: "Run", network: "Plan", recipe: "Recipe") -> dict[str, Any]:
+def _data(
+    run: "Run", network: "Plan", recipe: "Recipe", state: "Layout | MeshError"
+) -> dict[str, Any]:
     """The plan of the run, for programs."""
     return {
         "params": network.params,
@@ -82,12 +103,15 @@ def _data(run: "Run", network: "Plan", recipe: "Recipe") -> dict[str, Any]:
         "peak_learning_rate": run.peak_learning_rate,
         "learning_rate": [{"step": k, "rate": v} for k, v in _rates(run, recipe).items()],
         "groups": [vars(group) for group in recipe.groups],
+        "layout": None if isinstance(state, Exception) else state.as_dict(),
         "warnings": list(recipe.warnings),
         "run": run.model_dump(mode="json"),
     }
 
 
-def _page(run: "Run", network: "Plan", recipe: "Recipe") -> "RenderableType":
+def _page(
+    run: "Run", network: "Plan", recipe: "Recipe", state: "Layout | MeshError"
+) -> "RenderableType":
     """The same for people."""
     from rich.console import Group
     from rich.table import Table
@@ -102,7 +126,15 @@ def _page(run: "Run", network: "Plan", recipe: "Recipe") -> "RenderableType":
         facts.add_row(name, fact)
         if name == "schedule":
             facts.add_row("", Text(_curve(list(_rates(run, recipe).values())), "green"))
-    for warning in recipe.warnings:
+    notes, below = list(recipe.warnings), []
+    if isinstance(state, Exception):
+        notes += [f"not on this machine: {problem.message}" for problem in state.problems]
+    else:
+        total, devices = state.total, math.prod(state.mesh.values())
+        where = f"{human(total.per_device)}B on each of {devices} devices here"
+        facts.add_row("state", where if devices > 1 else f"{human(total.bytes)}B")
+        below = ["", state] * (devices > 1)
+    for warning in notes:
         facts.add_row(Text("warning", "yellow"), Text(warning, "yellow"))
     groups = new_table()
     groups.add_column("parameters", style="bold", overflow="fold")
@@ -118,7 +150,7 @@ def _page(run: "Run", network: "Plan", recipe: "Recipe") -> "RenderableType":
         groups.add_row(group.name, str(len(group.parameters)), human(group.count, 2), *cells)
     summary = "".join(c if c.isprintable() else " " for c in run.summary)
     title = Text.assemble((run.name, "bold cyan"), f"  {summary}")
-    return Group(title, "", facts, "", groups)
+    return Group(title, "", facts, "", groups, *below)
 
 
 def _facts(run: "Run", network: "Plan") -> "Iterator[tuple[str, str]]":

@@ -1,4 +1,4 @@
-"""Training at any scale: meshes, state, steps, the loop, checkpoints; and models from what it leaves.
+"""Training at any scale: mesh, state, steps, the loop, checkpoints; and models from what it left.
 
 Names load on first use: what only loads a model imports neither grain nor the loop.
 """

@@ -29,6 +29,7 @@ from nfflax.train.snapshot import (
     read_arrays,
     read_record,
     record_of,
+    stay_quiet,
     to_save,
     verify,
 )
@@ -48,6 +49,8 @@ class Restored:
     state: Any
     """The arrays, in the structure that was asked for."""
     step: int
+    metrics: Mapping[str, float]
+    """How good the network was found to be before this was saved; empty where that was not done."""
     damaged: Damage
     """Newer checkpoints that are no good, and why."""
 
@@ -128,6 +131,8 @@ class Checkpoints:
         self.wait()
         record = record_of(step, state, about, metrics or {})
         if by_first(lambda: self._holds(record)):
+            if record.metrics:  # new ones are kept in mind; to save again would risk what is there
+                self._keeper.add(step, record.metrics)
             return
         self._under_way = step
         try:
@@ -168,12 +173,12 @@ class Checkpoints:
         if not there:
             return None
         chosen = there[::-1] if step is None else [step]
-        (state, found), damaged = _newest_good(
+        (state, record), damaged = _newest_good(
             [self._at(s) for s in chosen],
-            lambda folder, record: (_state(folder, record, abstract), record.step),
+            lambda folder, record: (_state(folder, record, abstract), record),
         )
         self._keeper.damaged |= {number for number, _ in damaged}
-        return Restored(state, found, damaged)
+        return Restored(state, record.step, record.metrics, damaged)
 
     def close(self) -> None:
         """Wait for the save that is under way, and let go of the folder."""
@@ -222,6 +227,7 @@ class Checkpoints:
     def _failed(self, error: Exception) -> TrainError:
         """What to raise for a save that failed, of which nothing is left behind."""
         step, self._under_way = self._under_way, None
+        stay_quiet()
         self._sweep()
         steps = self.steps()
         if step in steps:

@@ -13,10 +13,16 @@ import re
 import socket
 import sys
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from nfflax.spec.errors import Problem
 from nfflax.train.errors import MeshError
+
+if TYPE_CHECKING:
+    import jax
+
+T = TypeVar("T")
 
 JOIN_SECONDS = 300.0  # for all processes to start; JAX's own default
 _LEAVE_SECONDS = 240.0  # for all to finish: JAX allows 300
@@ -76,18 +82,32 @@ def has_joined() -> bool:
 def leave(code: int) -> None:
     """Take leave of the others before the program ends with this exit code.
 
-    All that end alike meet here. Where one has failed alone nobody comes: it ends the program then,
-    and the others find it gone.
+    All that end alike meet here. Where nobody comes, because this one has failed alone or has never
+    met the others, it ends the program itself.
     """
-    if not has_joined():
+    if not (has_joined() or _gave_up):
         return
     import jax
 
     patience = _FAIL_SECONDS if code in _FAILED else _LEAVE_SECONDS
-    if not _done_within(patience, jax.distributed.shutdown):
+    if _gave_up or not _done_within(patience, jax.distributed.shutdown):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # a normal exit would wait for the others once more, and be aborted
+
+
+def one_at_a_time(program: Callable[..., T], mesh: "jax.sharding.Mesh") -> Callable[..., T]:
+    """A jitted program; on CPUs of several processes, one that is done when it returns.
+
+    A process's CPU devices share a few threads. Where two programs that exchange data overlap, each
+    process may have its threads in another one of them, and all wait for ever.
+    """
+    devices = list(mesh.devices.flat)
+    if len({device.process_index for device in devices}) == 1 or devices[0].platform != "cpu":
+        return program
+    import jax
+
+    return lambda *arguments: jax.block_until_ready(program(*arguments))
 
 
 # --- joining ----------------------------------------------------------------------------------
@@ -178,9 +198,6 @@ def _join(how: dict[str, Any], cluster: _Cluster | None) -> None:
     import jax
 
     failures: list[Exception] = []
-    # CPU devices share a few threads. Where programs overlap, each process may give its threads to
-    # another one, and all wait for ever inside of sums that never get their parts.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
     def initialize() -> None:
         try:

@@ -29,7 +29,8 @@ def fingerprints(tree: Any) -> dict[Path, str]:
     this together, and get the same answer.
     """
     leaves = leaves_by_path(tree)
-    sums = jax.device_get([_sums(leaf) for leaf in leaves.values()])
+    # One by one: `nfflax.train.distributed.one_at_a_time` tells why.
+    sums = [jax.device_get(_sums(leaf)) for leaf in leaves.values()]
     return {
         path: f"{int(high):08x}{int(low):08x}"
         for path, (high, low) in zip(leaves, sums, strict=True)

@@ -33,7 +33,7 @@ from nfflax.train.program import Program, make_program
 from nfflax.train.progress import Progress
 from nfflax.train.state import State
 from nfflax.train.step import Metrics
-from nfflax.train.stopping import StopSignals
+from nfflax.train.stopping import StoppedError, StopSignals
 from nfflax.train.transfer import starting_weights, with_weights
 from nfflax.train.workdir import claim
 
@@ -81,14 +81,14 @@ def train(
         checkpoints = stack.enter_context(
             Checkpoints(workdir, keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best)
         )
-        state = _first_state(program, checkpoints, progress)
+        state, is_evaluated = _first_state(program, checkpoints, progress)
         step = int(state["step"])
         history = stack.enter_context(History(workdir, run, start=step)) if is_first else None
         for note in history.notes if history else ():
             progress.note(note)
         loop = _Loop(program, held_out, workdir, checkpoints, progress, history)
         with program.feed(source, step) as batches:
-            state, stopped = loop.carry_out(state, batches, last, signals, profile)
+            state, stopped = loop.carry_out(state, is_evaluated, batches, last, signals, profile)
         return Result(
             workdir=workdir,
             step=int(state["step"]),
@@ -101,15 +101,20 @@ def train(
         )
 
 
-def _first_state(program: Program, checkpoints: Checkpoints, progress: Progress) -> State:
-    """A checkpoint in the run's folder comes before given weights, and those before random ones."""
+def _first_state(
+    program: Program, checkpoints: Checkpoints, progress: Progress
+) -> tuple[State, bool]:
+    """The state to begin with, and whether it needs no evaluation any more.
+
+    A checkpoint in the run's folder comes before given weights, and those before random ones.
+    """
     with progress.phase("looking for a checkpoint"):
         restored = checkpoints.restore(program.abstract)
     if restored:
         for step, reason in restored.damaged:
             progress.warn(f"the checkpoint of step {step} is damaged and passed over: {reason}")
         progress.note(f"going on from step {restored.step}")
-        return restored.state
+        return restored.state, bool(restored.metrics)
     with progress.phase("creating the network"):
         state = jax.block_until_ready(program.init())
     if program.run.model.weights:
@@ -117,7 +122,7 @@ def _first_state(program: Program, checkpoints: Checkpoints, progress: Progress)
             state, notes = with_weights(state, program)
         for note in notes:
             progress.note(note)
-    return state
+    return state, True
 
 
 class _Loop:
@@ -142,28 +147,34 @@ class _Loop:
     def carry_out(
         self,
         state: State,
+        is_evaluated: bool,
         batches: Batches,
         last: int,
         signals: StopSignals,
         profile: range,
     ) -> tuple[State, int | None]:
-        """From the state's step to the last; the state there, and the exit code if told to stop."""
+        """From the state's step to the last; the state there, and the exit code if told to stop.
+
+        A run that is told to stop saves at once. The evaluation that may have been due is left to
+        the one that resumes it, hence `is_evaluated`, of the state to begin with.
+        """
         start, size = int(state["step"]), self.run.train.batch_size
         under_way: tuple[int, Metrics] | None = None  # a step's metrics, still on the devices
         stopped = None
         for step in range(start, last + 1):  # updates made so far
-            is_new, ends = step > start, step >= last
+            is_new, ends = step > start or not is_evaluated, step >= last
             evaluates = ends or (is_new and _is_due(step, self.run.eval_every))
+            saves = is_new and (ends or _is_due(step, self.run.checkpoint_every))
             stopped = signals.asked(step)
-            saves = is_new and bool(ends or stopped or _is_due(step, self.run.checkpoint_every))
-            if evaluates or saves:
+            if evaluates or saves or stopped:
                 self._report(under_way)
                 under_way = None
             # The order from here on is what resuming rests on: see the top of this file.
             if evaluates and not stopped:
-                self._evaluate(step, state)
+                stopped = self._evaluate(step, state, signals)
+            if step == self.evaluated:
                 saves |= is_new and self.checkpoints.would_be_best(self._merit)
-            if saves:
+            if saves or (stopped and is_new):
                 self._save(step, state)
             if ends or stopped:
                 break
@@ -190,15 +201,25 @@ class _Loop:
             last = f"that of step {kept[-1]}, in {self.workdir}" if kept else ""
             raise_if_diverged(values, self.run.guard.patience, step=step, checkpoint=last)
 
-    def _evaluate(self, step: int, state: State) -> None:
+    def _evaluate(self, step: int, state: State, signals: StopSignals) -> int | None:
+        """Evaluate. It is given up when this process is told to stop: then the exit code."""
         weights = {"": state["params"]} | ({AVERAGE: state["ema"]} if "ema" in state else {})
         batches = -(-len(self.held_out) // self.program.eval_batch_size)
-        with self.meter.paused(), self.progress.phase("evaluating", batches) as advance:
-            found = evaluate(self.program, weights, state["stats"], self.held_out, advance)
+        try:
+            with self.meter.paused(), self.progress.phase("evaluating", batches) as advance:
+
+                def go_on(count: int) -> None:
+                    signals.raise_if_alone()
+                    advance(count)
+
+                found = evaluate(self.program, weights, state["stats"], self.held_out, go_on)
+        except StoppedError as told:
+            return told.code
         self.evaluation, self.evaluated = found, step
         self.progress.evaluated(step, found)
         if self.history:
             self.history.write(step, "eval", found)
+        return None
 
     def _save(self, step: int, state: State) -> None:
         about = {

@@ -17,6 +17,7 @@ from nfflax.data.views import EvalView
 from nfflax.optim.factory import Recipe, RecipeWarning, from_spec
 from nfflax.spec.errors import Problem, SpecError
 from nfflax.spec.run import Run
+from nfflax.train.distributed import one_at_a_time
 from nfflax.train.mesh import batch_sharding, check_fits, feed_rows
 from nfflax.train.state import State, abstract_model, abstract_state, make_state, shardings_of
 from nfflax.train.step import Batch, Metrics, eval_step, train_step
@@ -83,21 +84,23 @@ def make_program(run: Run, mesh: jax.sharding.Mesh) -> Program:
     state, rows = shardings_of(abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     params, stats = state["params"], state["stats"]
+    train = jax.jit(
+        train_step(run, recipe, graph, mesh),
+        donate_argnums=0,
+        in_shardings=(state, rows),
+        out_shardings=(state, whole),
+    )
+    evaluate = jax.jit(
+        eval_step(run, graph, mesh),
+        in_shardings=(params, stats, rows),
+        out_shardings=whole,
+    )
     return Program(
         run=run,
         mesh=mesh,
         recipe=recipe,
         abstract=abstract,
         init=make_state(run, recipe, abstract),
-        train_step=jax.jit(
-            train_step(run, recipe, graph, mesh),
-            donate_argnums=0,
-            in_shardings=(state, rows),
-            out_shardings=(state, whole),
-        ),
-        eval_step=jax.jit(
-            eval_step(run, graph, mesh),
-            in_shardings=(params, stats, rows),
-            out_shardings=whole,
-        ),
+        train_step=one_at_a_time(train, mesh),
+        eval_step=one_at_a_time(evaluate, mesh),
     )

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as Folder
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +31,7 @@ from nfflax.train.fingerprint import fingerprints
 
 T = TypeVar("T")
 ITEMS = ("params", "train", "about")
+_LOGGERS = (logging.getLogger("absl"), logging.getLogger("asyncio"))  # that Orbax writes to
 _SHOWN = 200  # characters of what Orbax says; some of its messages run over pages
 
 
@@ -165,15 +167,30 @@ def quiet() -> Iterator[None]:
     """Without Orbax's messages: what they say that matters, its exceptions say too."""
 
     def is_of_others(message: logging.LogRecord) -> bool:  # a new one each time, as uses overlap
-        return "orbax" not in Folder(message.pathname).parts
+        return _is_of_others(message)
 
     _ignore_late_complaints()
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_of_others)
+    for logger in _LOGGERS:
+        logger.addFilter(is_of_others)
     try:
         yield
     finally:
-        logger.removeFilter(is_of_others)
+        for logger in _LOGGERS:
+            logger.removeFilter(is_of_others)
+
+
+def stay_quiet() -> None:
+    """From now on: of a save that has failed, some threads may fail, and say so, later."""
+    for logger in _LOGGERS:
+        logger.addFilter(_is_of_others)
+
+
+def _is_of_others(message: logging.LogRecord) -> bool:
+    """Whether a message, and the error that it tells of, have not come from Orbax."""
+    error = message.exc_info[1] if message.exc_info else None
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    files = [message.pathname, *(frame.filename for frame in frames)]
+    return not any("orbax" in Folder(file).parts for file in files)
 
 
 @functools.cache

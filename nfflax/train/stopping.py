@@ -1,15 +1,43 @@
 """Being told to stop: a signal is remembered, and heeded between two steps."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
-
-import jax
+from typing import Any, NoReturn
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
+
+
+class StoppedError(Exception):
+    """Told to stop in the middle of something that can be done again."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
+@contextlib.contextmanager
+def stops_at_once() -> Iterator[None]:
+    """Around a whole command: SIGTERM ends it with the code that says "try again later".
+
+    That is for when there is nothing to save: before `StopSignals` takes over, and after it.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        os._exit(PREEMPTED)  # an exception inside of an import of JAX's would abort the process
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopSignals:
@@ -21,6 +49,8 @@ class StopSignals:
     def __init__(self) -> None:
         self._code: int | None = None
         self._before: dict[int, Any] = {}
+        import jax  # not above: `stops_at_once` must be there before what takes long to import
+
         self._agrees = jax.process_count() > 1
 
     def asked(self, step: int) -> int | None:
@@ -31,6 +61,14 @@ class StopSignals:
             agreed = multihost_utils.reached_preemption_sync_point(step)
             return (self._code or PREEMPTED) if agreed else None
         return self._code
+
+    def raise_if_alone(self) -> None:
+        """Raise StoppedError if told to stop, in a run of one process.
+
+        Several would have to agree on how far they got.
+        """
+        if self._code is not None and not self._agrees:
+            raise StoppedError(self._code)
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():

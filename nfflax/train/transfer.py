@@ -109,8 +109,16 @@ def with_weights(state: "State", program: "Program") -> tuple["State", tuple[str
 
 def starting_weights(run: Run) -> Pretrained:
     """The weights that a run starts from; raises CheckpointError where they do not fit it."""
-    origin = Origin(f"run {run.name}", prefix="model.set.")
-    return open_weights(run.model.weights, run.spec, origin)
+    path, name = run.model.weights, f"run {run.name}"
+    try:
+        return open_weights(path, run.spec, Origin(name, prefix="model.set."))
+    except CheckpointError as error:
+        whole = {"file": name, "key": "model.weights", "value": path}  # of the path itself
+        problems = [
+            dataclasses.replace(problem, **whole) if problem.file == path else problem
+            for problem in error.problems
+        ]
+        raise CheckpointError(problems) from None
 
 
 def _copied(params: Any) -> Any:

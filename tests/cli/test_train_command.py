@@ -118,11 +118,26 @@ def test_the_groups_of_larger_recipes_are_shown_too(run):
     assert re.search(r"^stages\.\d: .* × 0\.5$", out, re.MULTILINE)  # noqa: RUF001
 
 
-def test_training_itself_is_refused_in_one_line(run):
-    ran = run("train", "nfnet")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nfnet"], 'data: source = "imagenet"\n    no such folder'),
+        (["digits", "--set", "mesh.fsdp=3"], "run: mesh.fsdp = 3\n    fsdp 3 x"),
+        (["digits", "--set", "mesh.devices=9"], "= 9\n    there are 8 cpu devices"),
+        (["digits", "--set", "train.batch_size=36"], "    does not divide into 8 parts"),
+        (["digits", "--set", "model.set.head.num_classes=9"], "is less than the 10 classes"),
+        (["digits", "--set", "model.set.head.num_classes=0"], "leaves nothing to train"),
+        (["digits", "--set", "model.weights=runs/none"], 'model.weights = "runs/none"'),
+        (["digits", "--workdir", "taken"], "taken"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_folder(run, monkeypatch, tmp_path, words, said):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("taken").write_text("a file in the way")
+    ran = run("train", *words)
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.count("\n") == 1
-    assert ran.err.endswith("this version only shows the plan of a run; add --dry-run\n")
+    assert said in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +159,7 @@ def test_epochs_are_passes_over_the_source(run):
     """A run that does not say how many images it has is as long as its source makes it."""
     data = json.loads(run("train", "digits", "--dry-run", "--json").out)
     assert data["run"]["train"]["examples"] == 1437
-    assert data["steps"] == 1437 * 30 // 128
+    assert data["steps"] == 1437 * 24 // 32
 
 
 def test_a_source_that_is_not_there_leaves_epochs_open(run, monkeypatch, tmp_path):

@@ -14,7 +14,15 @@ from nfflax.data.sheet import Caption, Tile, contact_sheet
 from nfflax.spec.load import load_run
 from nfflax.spec.schema import Preprocess
 
-RUN = load_run("digits", {"train.batch_size": 12, "data.workers": 0})
+RUN = load_run(
+    "digits",
+    {
+        "model.spec": "nfnet_tiny",
+        "train.batch_size": 12,
+        "data.crop_area": 0.8,
+        "data.workers": 0,
+    },
+)
 
 
 def pixels(sheet: Image.Image) -> np.ndarray:

@@ -168,10 +168,10 @@ def sharded_gradients(f, x, w, mesh, batch, output):
 @pytest.mark.parametrize(
     ("groups", "shape"),
     [
-        *((4, m) for m in MESHES[::2]),
-        *(pytest.param(4, m, marks=pytest.mark.slow) for m in MESHES[1::2]),
+        *((4, m) for m in MESHES[::4]),
+        *(pytest.param(4, m, marks=pytest.mark.slow) for i, m in enumerate(MESHES) if i % 4),
         (2, (2, 2, 2)),
-        (16, (1, 2, 4)),
+        pytest.param(16, (1, 2, 4), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("form", [conv_function, general], ids=["cpu", "general"])

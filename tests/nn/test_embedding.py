@@ -81,7 +81,10 @@ def roles(module) -> dict[tuple, Role | None]:
 # Training
 
 
-@pytest.mark.parametrize("level", [None, 2], ids=["pooled", "features"])
+@pytest.mark.parametrize(
+    "level",
+    [pytest.param(None, id="pooled", marks=pytest.mark.slow), pytest.param(2, id="features")],
+)
 def test_trains_under_nnx_jit(level):
     model = Classifier(level=level, rngs=nnx.Rngs(0))
     model.train()

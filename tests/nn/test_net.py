@@ -85,6 +85,7 @@ def test_output_stride_keeps_every_parameter(output_stride):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 def test_a_dilated_network_sees_the_same_neighbours():
     """With dilations in place of strides the receptive field in pixels is nearly the same."""
     spec = nfflax.load_spec(

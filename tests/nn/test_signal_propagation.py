@@ -38,6 +38,7 @@ def test_each_block_adds_the_planned_variance(activation):
             assert float(found["res_avg_var"][i]) == pytest.approx(1, rel=0.2), block.name
 
 
+@pytest.mark.slow
 def test_signals_are_those_of_the_maps():
     """The stacked statistics of the scan equal statistics of the feature maps."""
     model = nfflax.build("nfnet_tiny", rngs=nnx.Rngs(0))

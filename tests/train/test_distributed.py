@@ -42,7 +42,6 @@ def told(monkeypatch):
     for name in (*SLURM, *OPEN_MPI, *KUBERNETES, "JAX_COORDINATOR_ADDRESS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **how: given.update(how))
-    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     monkeypatch.setattr(distributed, "_gave_up", False)
     return given
 

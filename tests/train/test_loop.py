@@ -1,4 +1,4 @@
-"""The loop: a stopped and resumed run is the uninterrupted one, to the bit; nothing is counted twice."""
+"""The loop: a stopped and resumed run is the uninterrupted one, to the bit; all counts once."""
 
 import json
 import os
@@ -91,7 +91,9 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 def assert_same(run, one: Path, other: Path, step: int) -> None:
-    jax.tree.map(np.testing.assert_array_equal, state_at(run, one, step), state_at(run, other, step))
+    jax.tree.map(
+        np.testing.assert_array_equal, state_at(run, one, step), state_at(run, other, step)
+    )
     assert lines(one) == lines(other)
 
 

@@ -36,7 +36,7 @@ PATIENCE = 400  # seconds for one command
 TOLERANCE = 1e-6
 CHANGES = {
     "train__steps": STEPS,
-    "schedule__learning_rate": 2.0,  # so large that wrong updates show
+    "schedule__learning_rate": 30.0,  # so large that wrong updates show
     "eval__batch_size": 56,  # the last of 360 images are an uneven batch
     "eval__every_epochs": 0,
     "checkpoint__every_steps": HALF,
@@ -170,7 +170,7 @@ def alone(here) -> Path:
     (ended,) = here.command(1, "train", here.run_file(), "--workdir", workdir)
     assert ended.code == 0, ended.err
     losses, _ = learnt(workdir)
-    assert abs(losses["train", STEPS] - losses["train", 1]) > 1e-3  # it did learn
+    assert abs(losses["train", STEPS] - losses["train", 1]) > 0.01  # it did learn
     return workdir
 
 
@@ -253,7 +253,8 @@ def test_a_process_that_is_killed_ends_the_others_soon(here, victim):
         assert other.code in (1, -signal.SIGABRT), other.err
         assert "another" in other.err
 
-    kept = max(int(folder.name) for folder in (workdir / "checkpoints").glob("[0-9]"))
+    names = [folder.name for folder in (workdir / "checkpoints").iterdir()]
+    kept = max(int(name) for name in names if name.isdecimal())
     words = ("train", run, "--workdir", workdir, "--resume", "--steps", kept + 1)
     (resumed,) = here.command(1, *words)
     assert resumed.code == 0, resumed.err
@@ -300,5 +301,6 @@ def test_a_process_that_waits_in_vain_says_so(here, process, said):
     words = ["train", here.run_file(), *where, "--processes", 2, "--process", process]
     (ended,) = here.started([[sys.executable, "-c", impatient, *map(str, words)]], 2)
     assert ended.code == 2, ended.err
-    assert f"{said}" in ended.err
+    assert said in ended.err
     assert "Traceback" not in ended.err
+    assert "fatal" not in ended.err  # nothing of how JAX aborts
