@@ -132,4 +132,7 @@ def _close(result: "Result", *, as_json: bool) -> None:
     display(closing_table(result))
     for note in notes:
         display(note)
-    print(f"\nnext: nfflax eval {result.workdir}")
+    if result.step < result.steps:
+        print("\nnext: the same command with --resume")
+    else:
+        print(f"\nnext: nfflax eval {result.workdir}\n      nfflax predict {result.workdir} IMAGE")

@@ -50,7 +50,8 @@ class Checkpoint(Table):
     every_epochs: Epochs = 0.0
     """Epochs between two checkpoints, in place of steps; 0: it is given in steps."""
     every_steps: Count = 500
-    """Steps between two checkpoints: the most work that a crash can cost."""
+    """Steps between two checkpoints. A crash costs at most the steps since the last one, and while
+    that is still being written the interval before."""
     keep: Annotated[int, Field(ge=1, le=1_000_000)] = 2
     """The newest checkpoints that are kept."""
     keep_best: Annotated[int, Field(ge=0, le=1_000_000)] = 1

@@ -68,9 +68,10 @@ def test_more_classes_than_the_network_tells_apart(run, tmp_path):
     assert "has 10 classes, and the network tells 5 apart" in ran.err
 
 
-def test_a_file_of_weights_on_other_images_as_a_table(run, tmp_path):
+def test_a_file_of_weights_on_other_images_as_a_table(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # short names: a table folds long ones
     changes = {"stem.in_channels": 3, "stem.width": [4, 8], "stem.stride": 1}
-    spec, path, toy = (tmp_path / name for name in ("net.json", "net_haiku.npz", "toy"))
+    spec, path, toy = map(Path, ("net.json", "net_haiku.npz", "toy"))
     network = nfflax.load_spec(TINY, changes | {"attention.kind": "se"})
     spec.write_text(network.model_dump_json())
     path.write_bytes(pickle.dumps(to_deepmind(random_model(network)), protocol=4))

@@ -111,7 +111,8 @@ def test_another_run_does_not_go_on(workdir: Path) -> None:
         "train.batch_size",
     }
     assert found["train.batch_size"].value == 64
-    assert f"is 128 in {workdir / 'run.json'}" in found["train.batch_size"].message
+    there = digits().train.batch_size
+    assert f"is {there} in {workdir / 'run.json'}" in found["train.batch_size"].message
     assert nfflax.load_run(workdir / "run.json") == digits()
 
 
