@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, TypeVar
 
 import grain
@@ -76,12 +75,7 @@ class Batches:
     def __enter__(self) -> "Batches":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
