@@ -375,7 +375,9 @@ def test_a_full_disk(run: Path, room: int) -> None:
                 checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
         assert_equal(restored(checkpoints).state, small(2))
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2"]
+    found = {path.name for path in (run / "checkpoints").iterdir()}
+    # Orbax's threads may still have been at it; the next start clears up.
+    assert found - {"3.orbax-checkpoint-tmp"} == {"1", "2"}
 
 
 def test_the_next_save_tells_of_the_one_that_failed(run: Path) -> None:
