@@ -74,7 +74,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     use_compilation_cache()
     mesh = make_mesh(run.mesh)
     program = make_program(_fitted(run, mesh), mesh)
-    batches = -(-len(source) // program.eval_batch_size)
+    batches = program.eval_steps(source)
     with jax.set_mesh(mesh), progress("evaluating", batches) as advance:
         params, stats = found.arrays(mesh)
         results = evaluate(program, {"": params}, stats, source, advance)

@@ -2,7 +2,6 @@
 # ruff: noqa: RUF001 - the multiplication sign and the dash are meant
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from nfflax.cli import display, new_table, print_json
@@ -10,6 +9,7 @@ from nfflax.cli import display, new_table, print_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from flax import nnx
     from rich.console import RenderableType
 
     from nfflax.optim.factory import Recipe
@@ -25,11 +25,13 @@ _COLUMNS = 48  # points at which the schedule is drawn
 def show(run: "Run", *, as_json: bool) -> None:
     """Print the plan of a run, and touch nothing."""
     from nfflax.spec.plan import plan
+    from nfflax.train.state import abstract_model, recipe_of
 
     run = _timed(run)
     network = plan(run.spec, resolution=run.spec.resolution.train)
-    recipe = _recipe(run)
-    state = _layout(run, recipe)
+    model = abstract_model(run)
+    recipe = recipe_of(run, model)
+    state = _layout(run, recipe, model)
     if as_json:
         print_json(_data(run, network, recipe, state))
     else:
@@ -53,20 +55,7 @@ def _timed(run: "Run") -> "Run":
         raise DataError([problem, *error.problems]) from None
 
 
-def _recipe(run: "Run") -> "Recipe":
-    """The run's optimiser, for a network without arrays."""
-    from flax import nnx
-
-    import nfflax
-    from nfflax.optim import RecipeWarning, from_spec
-
-    model = nnx.eval_shape(lambda: nfflax.build(run.spec, rngs=nnx.Rngs(0)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RecipeWarning)  # the page shows them
-        return from_spec(run, model)
-
-
-def _layout(run: "Run", recipe: "Recipe") -> "Layout | MeshError":
+def _layout(run: "Run", recipe: "Recipe", model: "nnx.Module") -> "Layout | MeshError":
     """How the training state would lie on the devices here, or why it cannot."""
     from nfflax.train.errors import MeshError
     from nfflax.train.layout import layout
@@ -78,7 +67,7 @@ def _layout(run: "Run", recipe: "Recipe") -> "Layout | MeshError":
         check_fits(run, mesh)
     except MeshError as error:  # a plan for a pod may be looked at from a laptop
         return error
-    return layout(abstract_state(run, recipe, mesh))
+    return layout(abstract_state(run, recipe, model, mesh))
 
 
 def _rates(run: "Run", recipe: "Recipe") -> dict[int, float]:

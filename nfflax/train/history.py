@@ -154,6 +154,11 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
+def best(values: Mapping[str, float], name: str) -> float:
+    """The average's number where there is an average, which is then what the run is about."""
+    return values.get(f"{AVERAGE}{name}", values[name])
+
+
 def json_number(value: float) -> float | None:
     """A number as JSON can hold it: null for NaN and infinities."""
     number = value if isinstance(value, int) else float(value)

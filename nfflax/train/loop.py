@@ -23,7 +23,7 @@ from nfflax.spec.table import plain_text
 from nfflax.train.agree import by_first
 from nfflax.train.checkpoint import Checkpoints
 from nfflax.train.evaluate import evaluate
-from nfflax.train.history import AVERAGE, History, ready_wandb
+from nfflax.train.history import AVERAGE, History, best, ready_wandb
 from nfflax.train.layout import layout
 from nfflax.train.mesh import make_mesh, mesh_notes
 from nfflax.train.meter import Meter
@@ -35,7 +35,7 @@ from nfflax.train.state import State
 from nfflax.train.step import Metrics
 from nfflax.train.stopping import StoppedError, StopSignals
 from nfflax.train.transfer import starting_weights, with_weights
-from nfflax.train.workdir import claim
+from nfflax.train.workdir import PROFILE, claim
 
 
 def train(
@@ -204,7 +204,7 @@ class _Loop:
     def _evaluate(self, step: int, state: State, signals: StopSignals) -> int | None:
         """Evaluate. It is given up when this process is told to stop: then the exit code."""
         weights = {"": state["params"]} | ({AVERAGE: state["ema"]} if "ema" in state else {})
-        batches = -(-len(self.held_out) // self.program.eval_batch_size)
+        batches = self.program.eval_steps(self.held_out)
         try:
             with self.meter.paused(), self.progress.phase("evaluating", batches) as advance:
 
@@ -234,8 +234,7 @@ class _Loop:
     @property
     def _merit(self) -> dict[str, float]:
         """What the last evaluation found of the weights that others will use."""
-        found = self.evaluation
-        return {"top1": found.get(f"{AVERAGE}top1", found["top1"])}
+        return {"top1": best(self.evaluation, "top1")}
 
     def _first(self, is_first: bool) -> contextlib.AbstractContextManager[object]:
         """Around a step: the first one compiles, and that is shown."""
@@ -252,7 +251,7 @@ def _is_due(step: int, every: int) -> bool:
 def _profiled(step: int, steps: range, workdir: Path) -> Iterator[None]:
     """Around a step: the profiler runs from the first of `steps` to the last."""
     if steps and step == steps[0]:
-        jax.profiler.start_trace(workdir / "profile")
+        jax.profiler.start_trace(workdir / PROFILE)
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
         yield
     if steps and step == steps[-1]:

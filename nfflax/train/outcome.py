@@ -8,11 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from nfflax.spec.table import human
+from nfflax.train.checkpoint import FOLDER
 from nfflax.train.curve import CURVE
 from nfflax.train.history import AVERAGE, METRICS, json_number
 from nfflax.train.meter import duration
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Result:
     @property
     def files(self) -> dict[str, Path]:
         """What the run has left: checkpoints, metrics, curve."""
-        names = {"checkpoints": CHECKPOINTS, "metrics": METRICS, "curve": CURVE}
+        names = {"checkpoints": FOLDER, "metrics": METRICS, "curve": CURVE}
         paths = {what: self.workdir / name for what, name in names.items()}
         return {what: path for what, path in paths.items() if path.exists()}
 

@@ -1,7 +1,6 @@
 """A run made ready for its devices: state, steps and feeds that fit each other and one mesh."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,12 +13,19 @@ from nfflax.data.feed import train_feed
 from nfflax.data.pipeline import Batches, eval_batches
 from nfflax.data.sources import Source
 from nfflax.data.views import EvalView
-from nfflax.optim.factory import Recipe, RecipeWarning, from_spec
+from nfflax.optim.factory import Recipe
 from nfflax.spec.errors import Problem, SpecError
 from nfflax.spec.run import Run
 from nfflax.train.distributed import one_at_a_time
 from nfflax.train.mesh import batch_sharding, check_fits, feed_rows
-from nfflax.train.state import State, abstract_model, abstract_state, make_state, shardings_of
+from nfflax.train.state import (
+    State,
+    abstract_model,
+    abstract_state,
+    make_state,
+    recipe_of,
+    shardings_of,
+)
 from nfflax.train.step import Batch, Metrics, eval_step, train_step
 
 
@@ -59,6 +65,10 @@ class Program:
         """Images per evaluation step."""
         return self.run.eval.batch_size or self.run.train.batch_size
 
+    def eval_steps(self, source: Source) -> int:
+        """Steps of one pass over a source."""
+        return -(-len(source) // self.eval_batch_size)
+
     def eval_feed(self, source: Source) -> Batches:
         """This process's part of one pass over a source."""
         host, hosts = feed_rows(self.mesh, self.eval_batch_size)
@@ -76,11 +86,9 @@ def make_program(run: Run, mesh: jax.sharding.Mesh) -> Program:
         raise SpecError([Problem(f"run {run.name}", key, message, 0, "1 or more")])
     check_fits(run, mesh)
     model = abstract_model(run)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RecipeWarning)  # they are in the recipe, for who asks
-        recipe = from_spec(run, model)
+    recipe = recipe_of(run, model)
     graph = nnx.graphdef(model)
-    abstract = abstract_state(run, recipe, mesh)
+    abstract = abstract_state(run, recipe, model, mesh)
     state, rows = shardings_of(abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     params, stats = state["params"], state["stats"]

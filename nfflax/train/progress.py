@@ -18,7 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from nfflax.train.history import AVERAGE
+from nfflax.train.history import AVERAGE, best
 from nfflax.train.meter import duration
 
 _SECONDS_PER_LINE = 10  # between two plain lines on how far a run is
@@ -68,7 +68,7 @@ class Progress:
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Tell what an evaluation found. The average's numbers come first, where there are any."""
-        self._status.evaluated = f"eval {_best(values, 'top1'):.2%} at {step}"
+        self._status.evaluated = f"eval {best(values, 'top1'):.2%} at {step}"
         self._say("  ".join([f"evaluated step {step}", *_findings(values)]), "green")
 
     def note(self, text: str) -> None:
@@ -208,12 +208,7 @@ def _fitting(words: list[str], width: int, style: str) -> Text:
 def _findings(values: Mapping[str, float]) -> Iterator[str]:
     """An evaluation in a few words each."""
     raw = f" (raw {values['top1']:.2%})" if f"{AVERAGE}top1" in values else ""
-    yield f"top1 {_best(values, 'top1'):.2%}{raw}"
-    yield f"top5 {_best(values, 'top5'):.2%}"
-    yield f"loss {_best(values, 'loss'):.4g}"
+    yield f"top1 {best(values, 'top1'):.2%}{raw}"
+    yield f"top5 {best(values, 'top5'):.2%}"
+    yield f"loss {best(values, 'loss'):.4g}"
     yield f"{values['examples']:.0f} images in {duration(values['seconds'])}"
-
-
-def _best(values: Mapping[str, float], name: str) -> float:
-    """The average's number where there is an average, which is then what the run is about."""
-    return values.get(f"{AVERAGE}{name}", values[name])

@@ -9,6 +9,7 @@
 Plain dicts keep the Python cost of a step low: NNX's own optimiser and jit need ten times as much.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import nfflax
-from nfflax.optim.factory import Recipe
+from nfflax.optim.factory import Recipe, RecipeWarning, from_spec
 from nfflax.spec.run import Run
 from nfflax.train.mesh import param_shardings
 
@@ -30,11 +31,18 @@ def abstract_model(run: Run) -> nnx.Module:
     return nnx.eval_shape(lambda: _built(run))
 
 
-def abstract_state(run: Run, recipe: Recipe, mesh: jax.sharding.Mesh) -> State:
-    """Shape, type and sharding of every array of the state."""
+def recipe_of(run: Run, model: nnx.Module) -> Recipe:
+    """The run's optimiser. What it warns of is in it, for who shows it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecipeWarning)
+        return from_spec(run, model)
+
+
+def abstract_state(run: Run, recipe: Recipe, model: nnx.Module, mesh: jax.sharding.Mesh) -> State:
+    """Shape, type and sharding of every array of the state, for the run's abstract network."""
     whole = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(_creator(run, recipe))
-    of_params = param_shardings(nnx.state(abstract_model(run), nnx.Param), mesh)
+    of_params = param_shardings(model, mesh)
     by_path = dict(jax.tree_util.tree_leaves_with_path(of_params))
     leaves = dict(jax.tree_util.tree_leaves_with_path(shapes["params"]))
     lengths = {len(path) for path in by_path}
