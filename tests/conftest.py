@@ -1,4 +1,4 @@
-"""Test-wide setup: eight CPU devices, no compilation cache, one hypothesis profile.
+"""Test-wide setup: eight CPU devices, quick compilation, no cache of it, a hypothesis profile.
 
 pytest imports this file before any test module, so the environment is in place
 before JAX is first imported. Subprocesses that a test starts inherit it.
@@ -11,9 +11,12 @@ if "jax" in sys.modules:
     raise RuntimeError("JAX was imported before tests/conftest.py could set its devices")
 
 DEVICES = "--xla_force_host_platform_device_count=8"
+# Most of the tests' time is LLVM's. Less of it changes no pass of XLA's own: results differ from
+# the usual in rounding at most.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
-# The last flag wins, so this holds whatever count was set before.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+# The last flag wins: the count holds whatever was set before, a given level of optimisation stays.
+os.environ["XLA_FLAGS"] = f"{QUICKLY} {os.environ.get('XLA_FLAGS', '')} {DEVICES}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 

@@ -35,7 +35,7 @@ def case():
     params = {"w": rng.normal(size=(5, 8)), "v": rng.normal(size=(8, 4))}
     batch = {"x": rng.normal(size=(ROWS, 5)), "y": rng.normal(size=(ROWS, 4))}
     return (
-        *jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, batch)),
+        *jax.tree.map(np.float32, (params, batch)),  # NumPy's: cutting out rows compiles nothing
         jax.random.key(1),
     )
 
@@ -50,7 +50,7 @@ def by_hand(case, rows, gradient=plain):
 
 
 def mean(results):
-    return jax.tree.map(lambda *leaves: sum(map(jnp.float32, leaves)) / len(leaves), *results)
+    return jax.tree.map(lambda *leaves: sum(map(np.float32, leaves)) / len(leaves), *results)
 
 
 def assert_close(found, wanted, rtol=2e-5):
@@ -226,7 +226,7 @@ def network():
     x_NHWC = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
     params, key = nnx.to_pure_dict(params), jax.random.key(0)
     step = jax.jit(with_sam(gradient, RHO, fraction=0.5))
-    halves = [step(params, half, key) for half in jnp.split(x_NHWC, 2)]
+    halves = [step(params, half, key) for half in (x_NHWC[:4], x_NHWC[4:])]
     return gradient, params, x_NHWC, key, mean(halves)
 
 
