@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from nfflax.cli import Parser, console, report
+from nfflax.cli import Parser, console, show_problems
 from nfflax.cli.data_parts import positive, reference, whole
 from nfflax.spec.errors import SpecError
 
@@ -38,7 +38,7 @@ def carry_out(args: argparse.Namespace, work: Callable[[], int | None]) -> int:
     try:
         distributed.start(args.coordinator or "", args.processes or 0, args.process)
     except SpecError as error:
-        report(error, as_json=args.json)
+        show_problems(error, as_json=args.json)
         distributed.leave(2)
         return 2
     if not distributed.has_joined():
@@ -71,7 +71,7 @@ def _explained(error: BaseException, *, as_json: bool) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     if isinstance(error, SpecError) and is_first():
-        report(error, as_json=as_json)
+        show_problems(error, as_json=as_json)
     elif isinstance(error, SpecError):
         say_error(error)
     elif _LOST.search(str(error)):

@@ -68,13 +68,13 @@ def _draw_lines(
         values = values * scale
         if not np.isfinite(values).any():
             continue
-        smooth = _smooth(values) if line.kind == "train" else values
+        shown = smooth(values) if line.kind == "train" else values
         if line.kind == "train":
             axes.plot(steps, values, color=line.color, linewidth=0.6, alpha=0.35)
         few = {"marker": "o", "markersize": 3} if len(steps) <= _FEW else {}
-        axes.plot(steps, smooth, color=line.color, linewidth=line.width, **few)
+        axes.plot(steps, shown, color=line.color, linewidth=line.width, **few)
         drawn.append(values[np.isfinite(values)])
-        last = smooth[np.isfinite(smooth)][-1]
+        last = shown[np.isfinite(shown)][-1]
         ends.append((last, f"{number.format(last)} {line.label}", line.color))
     _dress(axes)
     if drawn:
@@ -158,7 +158,7 @@ def _series(history: Sequence[dict[str, Any]], line: _Line) -> tuple[np.ndarray,
     return pairs[:, 0], pairs[:, 1]
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """A running mean of the finite values, over windows that are cut off at both ends."""
     reach = len(values) // _WINDOWS
     finite = np.isfinite(values)

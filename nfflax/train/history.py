@@ -188,7 +188,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None when it is not whole, as after a crash."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_whole = isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry
     return entry if is_whole else None

@@ -23,6 +23,7 @@ from nfflax.spec.table import plain_text
 from nfflax.train.agree import by_first
 from nfflax.train.checkpoint import Checkpoints
 from nfflax.train.evaluate import evaluate
+from nfflax.train.events import noted
 from nfflax.train.history import AVERAGE, History, best, ready_wandb
 from nfflax.train.layout import layout
 from nfflax.train.mesh import make_mesh, mesh_notes
@@ -87,6 +88,8 @@ def train(
         for note in history.notes if history else ():
             progress.note(note)
         loop = _Loop(program, held_out, workdir, checkpoints, progress, history)
+        if is_first:
+            stack.enter_context(noted(workdir, step, lambda: loop.step))
         with program.feed(source, step) as batches:
             state, stopped = loop.carry_out(state, is_evaluated, batches, last, signals, profile)
         return Result(
@@ -143,6 +146,7 @@ class _Loop:
         self.meter = Meter(self.run.train.batch_size)
         self.evaluation: dict[str, float] = {}
         self.evaluated = -1  # the step it was made at
+        self.step = 0  # updates made so far
 
     def carry_out(
         self,
@@ -162,6 +166,7 @@ class _Loop:
         under_way: tuple[int, Metrics] | None = None  # a step's metrics, still on the devices
         stopped = None
         for step in range(start, last + 1):  # updates made so far
+            self.step = step
             is_new, ends = step > start or not is_evaluated, step >= last
             evaluates = ends or (is_new and _is_due(step, self.run.eval_every))
             saves = is_new and (ends or _is_due(step, self.run.checkpoint_every))

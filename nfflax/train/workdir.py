@@ -22,11 +22,12 @@ from nfflax.train.agree import by_first
 from nfflax.train.checkpoint import FOLDER as CHECKPOINTS
 from nfflax.train.curve import CURVE
 from nfflax.train.errors import CheckpointError
+from nfflax.train.events import EVENTS
 from nfflax.train.history import METRICS, TENSORBOARD, WANDB
 
 RUN, SPEC, VERSIONS = "run.json", "spec.json", "versions.json"
 PROFILE = "profile"
-_LEFT = (CHECKPOINTS, METRICS, TENSORBOARD, WANDB, CURVE, PROFILE)
+_LEFT = (CHECKPOINTS, METRICS, EVENTS, TENSORBOARD, WANDB, CURVE, PROFILE)
 _WRITTEN = (RUN, *_LEFT, SPEC, VERSIONS)
 """All that a run leaves in its folder, in the order of removal: while any of it is there, the last
 says that it is ours."""
