@@ -1,9 +1,8 @@
 """Compiled programs kept between runs: a resumed run starts in seconds."""
 
-import os
-from pathlib import Path
-
 import jax
+
+from nfflax.folders import cache_folder
 
 
 def use_compilation_cache() -> None:
@@ -13,5 +12,4 @@ def use_compilation_cache() -> None:
     """
     given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if given is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "nfflax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
