@@ -151,7 +151,8 @@ def carry_out(program: Program, state: Any, images: Images, seed: int) -> Any:
 def accuracy(program: Program, state: Any, images: Images) -> float:
     """Share of the images whose label gets the highest score."""
     batch = program.put(images, len(images["labels"]))
-    sums = program.eval_step(state["params"], state["stats"], batch)
+    folded = program.fold(state["params"], state["stats"])
+    sums = program.eval_step(folded, batch)
     return float(sums["top1"]) / float(sums["examples"])
 
 

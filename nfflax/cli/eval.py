@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   nfflax eval runs/digits
   nfflax eval runs/digits --set data.eval=train --resolution 48
-  nfflax eval F0_haiku.npz --set data.source=imagenet --set data.eval=val
+  nfflax eval nfnet_f0 --set data.source=imagenet --set data.eval=val
 """
 _KEYS = ("data", "eval.batch_size", "mesh", "model")  # of a run, that evaluation heeds
 _BATCH = 256  # images per step, where no run says
@@ -44,13 +44,14 @@ def add_network(parser: Parser) -> None:
         "network",
         type=reference,
         metavar="NETWORK",
-        help="a run's folder, one of its checkpoints, or a file that DeepMind released",
+        help="a run's folder, one of its checkpoints, a file of weights, https://..., "
+        "hf://owner/repo, or a preset with published weights",
     )
     parser.add_argument(
         "--spec",
         type=reference,
         metavar="NAME|FILE",
-        help="the network of a file in DeepMind's format that is none of the released ones",
+        help="the network of a file that does not say it",
     )
 
 
@@ -136,7 +137,8 @@ def _label_notes(run: "Run", source: "Source", class_names: tuple[str, ...]) -> 
         message = f"has {len(theirs)} classes, and the network tells {classes} apart"
         raise DataError([Problem("run eval", "data.source", message, run.data.source)])
     for number, (theirs_is, ours_is) in enumerate(zip(theirs, class_names, strict=False)):
-        if theirs_is != ours_is:
+        # ImageNet's folders are called by the synset, the first word of a class's name.
+        if theirs_is not in (ours_is, ours_is.split(" ", 1)[0]):
             where = f"class {number} is {theirs_is!r} in {run.data.source}"
             return [f"{where}, and was {ours_is!r} in training"]
     return []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   nfflax predict runs/digits seven.png
-  nfflax predict F0_haiku.npz photos/ --top 3 --json
+  nfflax predict nfnet_f0 photos/ --top 3 --json
 """
 _BATCH = 32  # images that the network gets at a time
 _BAR = 24  # characters of the bar that means certainty
@@ -47,9 +47,11 @@ def _predict(args: argparse.Namespace) -> int:
 
     from nfflax.train.cache import use_compilation_cache
     from nfflax.train.inference import load_model
+    from nfflax.weights.fold import fold
 
     use_compilation_cache()
     loaded = load_model(args.network, spec=args.spec)
+    loaded = dataclasses.replace(loaded, model=fold(loaded.model))  # once, for all batches
     side = args.resolution or loaded.view.resolution
     view = dataclasses.replace(loaded.view, resolution=side)
     files = [file for given in args.images for file in _files(given)]

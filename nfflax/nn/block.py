@@ -5,6 +5,7 @@ block has is in its BlockPlan; where implementations differ is in the spec's `nu
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import einops
@@ -37,7 +38,9 @@ class Activate(nnx.Module):
     def __init__(self, spec: Spec, channels: int, *, axis: str = "out", rngs: nnx.Rngs):
         self.name = spec.numerics.activation
         self.scaled = spec.numerics.gamma == "activation"
-        self.norm = batch_norm(spec, channels, axis, rngs) if spec.norm.kind == "batch" else None
+        self.norm: Callable[..., jax.Array] | None = (
+            batch_norm(spec, channels, axis, rngs) if spec.norm.kind == "batch" else None
+        )
 
     def __call__(self, x_NHWC: jax.Array, train: bool) -> jax.Array:
         if self.norm is not None:
@@ -136,6 +139,7 @@ class Block(nnx.Module):
         self.act2 = Activate(spec, mid, axis="mid_out", rngs=rngs)
         zero_gain = spec.block.last_gain == "zeros"
         self.conv2 = make_conv(spec, mid, out, in_axis="mid_in", zero_gain=zero_gain, rngs=rngs)
+        self.attention: Callable[[jax.Array], jax.Array]
         if spec.attention.kind == "se":
             self.attention = SqueezeExcite(plan.attention_width, plan.attention_hidden, rngs=rngs)
         elif spec.attention.kind == "eca":

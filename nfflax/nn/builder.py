@@ -1,7 +1,7 @@
 """From a spec to a network in one call."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from nfflax.nn.net import NFNet
 from nfflax.nn.stage import Remat
 from nfflax.spec.load import Source, load_spec
 from nfflax.spec.plan import Plan, plan
+
+Made = TypeVar("Made", bound=nnx.Module)
 
 
 def build(
@@ -31,15 +33,16 @@ def build(
     only convolution outputs. `output_stride` 8 or 16 keeps later maps large, with the same
     parameters. Initial weights are made by one compiled program.
     """
-    if unroll < 1:
-        raise ValueError(f"unroll = {unroll}: must be 1 or more")
-    if remat not in ("none", "block", "conv"):
-        raise ValueError(f'remat = {remat!r}: allowed are "none", "block" and "conv"')
     compiled = spec if isinstance(spec, Plan) else plan(spec, output_stride=output_stride)
 
     def make() -> NFNet:
         return NFNet(compiled, dtype=dtype, unroll=unroll, remat=remat, rngs=nnx.Rngs(0))
 
+    return drawn(make, rngs)
+
+
+def drawn(make: Callable[[], Made], rngs: nnx.Rngs) -> Made:
+    """The module that `make` describes, its initial weights made by one compiled program."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
     return nnx.merge(graph, jax.jit(draw_all)(rngs.params(), abstract))
 

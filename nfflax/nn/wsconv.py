@@ -43,9 +43,10 @@ def standardize(
 
 
 class Conv(nnx.Module):
-    """Plain convolution without bias over one to three spatial axes, channels last.
+    """Plain convolution over one to three spatial axes, channels last.
 
-    Arguments follow `nnx.Conv`. The batch-normalised baselines use it.
+    Arguments follow `nnx.Conv`, but `use_bias` is off by default: the batch-normalised baselines
+    have none. With a bias it is what `nfflax.fold` makes of every convolution.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Conv(nnx.Module):
         padding: Padding = "same",
         kernel_dilation: int | Sequence[int] = 1,
         feature_group_count: int = 1,
+        use_bias: bool = False,
         in_axis: str = "in",
         out_axis: str = "out",
         rngs: nnx.Rngs,
@@ -65,16 +67,17 @@ class Conv(nnx.Module):
         shape = (*kernel_size, in_features // feature_group_count, out_features)
         role = kernel_role(shape, in_axis, out_axis)
         self.kernel = param(rngs, shape, fan_in_normal(shape), role)
+        self.bias = param(rngs, (out_features,), ZEROS, vector_role(out_axis)) if use_bias else None
         self.strides = _static(strides)
         self.padding: Padding = padding
         self.kernel_dilation = _static(kernel_dilation)
         self.feature_group_count = feature_group_count
 
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
-        return checkpoint_name(self._convolve(x_NHWC, self.kernel[...]), CONV_OUTPUT)
+        return self._convolve(x_NHWC, self.kernel[...])
 
     def _convolve(self, x_NHWC: jax.Array, w_HWIO: jax.Array) -> jax.Array:
-        return conv(
+        y_NHWC = conv(
             x_NHWC,
             w_HWIO.astype(x_NHWC.dtype),
             stride=self.strides,
@@ -82,6 +85,9 @@ class Conv(nnx.Module):
             dilation=self.kernel_dilation,
             groups=self.feature_group_count,
         )
+        if self.bias is not None:
+            y_NHWC = y_NHWC + self.bias[...].astype(x_NHWC.dtype)
+        return checkpoint_name(y_NHWC, CONV_OUTPUT)
 
 
 class WSConv(Conv):
@@ -107,17 +113,18 @@ class WSConv(Conv):
         **geometry: Any,
     ):
         shape = (in_features, out_features, kernel_size, strides)
-        super().__init__(*shape, out_axis=out_axis, rngs=rngs, **geometry)
+        super().__init__(*shape, use_bias=True, out_axis=out_axis, rngs=rngs, **geometry)
         self.gain = param(rngs, (out_features,), gain_init, vector_role(out_axis))
-        self.bias = param(rngs, (out_features,), ZEROS, vector_role(out_axis))
         self.eps, self.scale = eps, scale
         self.eps_mode: EpsMode = eps_mode
 
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
+        return self._convolve(x_NHWC, self.standardized())
+
+    def standardized(self) -> jax.Array:
+        """The float32 kernel that the input is convolved with."""
         gain_O = self.gain[...] * self.scale
-        w_HWIO = standardize(self.kernel[...], gain_O, eps=self.eps, eps_mode=self.eps_mode)
-        y_NHWC = self._convolve(x_NHWC, w_HWIO) + self.bias[...].astype(x_NHWC.dtype)
-        return checkpoint_name(y_NHWC, CONV_OUTPUT)
+        return standardize(self.kernel[...], gain_O, eps=self.eps, eps_mode=self.eps_mode)
 
 
 class WSConvTranspose(nnx.Module):

@@ -48,9 +48,14 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """One feature level: the pre-activation map that `features()` returns under this level."""
+    """One feature level: the pre-activation map that `features()` returns under this level.
+
+    `variance` is the expected one at initialisation, by the recursion that gives blocks their
+    betas: 1 for the stem and under batch normalisation.
+    """
 
     level: int
     name: str
     channels: int
     stride: int
+    variance: float

@@ -3,6 +3,7 @@
 Modules only read it, `nfflax spec show` prints it, and tests hold it against the published tables.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,10 @@ Size = tuple[float, float]  # height and width; fractional only while counting m
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled spec. Costs are for `input_size`; `output_stride` limits every map's stride."""
+    """A compiled spec. Costs are for `input_size`; `output_stride` limits every map's stride.
+
+    `upto` cuts one: then it ends with the map of the last level in `feature_info`.
+    """
 
     spec: Spec
     input_size: tuple[int, int]
@@ -30,6 +34,7 @@ class Plan:
     head_norm_params: int
     num_features: int
     feature_info: tuple[FeatureInfo, ...]
+    is_cut: bool = False
 
     @property
     def params(self) -> int:
@@ -44,13 +49,42 @@ class Plan:
         and the network does a little more.
         """
         if resolution is not None and _size(resolution) != self.input_size:
-            return plan(self.spec, resolution=resolution, output_stride=self.output_stride).macs()
+            other = plan(self.spec, resolution=resolution, output_stride=self.output_stride)
+            return (other.upto(len(self.feature_info)) if self.is_cut else other).macs()
         return round(sum(part.macs for part in self._parts()))
 
     def stages(self) -> list[tuple[BlockPlan, ...]]:
         """The blocks, stage by stage."""
-        count = len(self.spec.stages.depth)
-        return [tuple(b for b in self.blocks if b.stage == s) for s in range(count)]
+        stages = itertools.groupby(self.blocks, key=lambda block: block.stage)
+        return [tuple(blocks) for _, blocks in stages]
+
+    def upto(self, level: int) -> "Plan":
+        """The plan of what the map of a feature level takes: nothing above it, and no head.
+
+        Blocks keep what they have in the whole network: betas, drop rates, names.
+        """
+        levels = {info.level: info for info in self.feature_info}
+        if level not in levels:
+            raise ValueError(f"no feature level {level}: {self.spec.name} has {list(levels)}")
+        last = levels[level]
+        stem = self.stem
+        if level == 1:
+            stem = stem[: 1 + [conv.name for conv in stem].index(last.name)]
+            if len(stem) < len(self.stem) and self.spec.norm.kind == "batch":
+                # The norm that its activation would begin with goes, too.
+                tapped = replace(stem[-1], params=stem[-1].params - 2 * last.channels)
+                stem = (*stem[:-1], tapped)
+        return replace(
+            self,
+            stem=stem,
+            blocks=tuple(block for block in self.blocks if block.stage < level - 1),
+            final_conv=self.final_conv if last.name == "final_conv" else None,
+            classifier=None,
+            head_norm_params=0,
+            num_features=last.channels,
+            feature_info=self.feature_info[:level],
+            is_cut=True,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON."""
@@ -119,6 +153,8 @@ class _Compiler:
         self.channels = spec.stem.in_channels
         self.stride = self.dilation = 1
         self.features: list[FeatureInfo] = []
+        # The official recursion, in its own terms and order so that every beta agrees to the bit.
+        self.expected_std = 1.0
 
     def compile(self) -> Plan:
         """The whole plan."""
@@ -171,22 +207,18 @@ class _Compiler:
 
     def _blocks(self) -> Iterator[BlockPlan]:
         spec, index, total = self.spec, 0, sum(self.spec.stages.depth)
-        # The official recursion, in its own terms and order so that every beta agrees to the bit.
-        expected_std = 1.0
         for stage, depth in enumerate(spec.stages.depth):
             for position in range(depth):
                 stride = spec.stages.stride[stage] if position == 0 else 1
-                yield self._block(stage, position, index, total, stride, expected_std)
+                yield self._block(stage, position, index, total, stride)
                 if position == 0:  # a transition block's shortcut starts from unit variance again
-                    expected_std = 1.0
+                    self.expected_std = 1.0
                 if not self.normed:
-                    expected_std = (expected_std**2 + spec.block.alpha**2) ** 0.5
+                    self.expected_std = (self.expected_std**2 + spec.block.alpha**2) ** 0.5
                 index += 1
             self._feature(f"stages.{stage}")
 
-    def _block(
-        self, stage: int, position: int, index: int, total: int, stride: int, expected_std: float
-    ) -> BlockPlan:
+    def _block(self, stage: int, position: int, index: int, total: int, stride: int) -> BlockPlan:
         spec, stages = self.spec, self.spec.stages
         in_channels, out_channels = self.channels, stage_width(stages, spec.numerics, stage)
         _, mid, groups = bottleneck(
@@ -242,9 +274,9 @@ class _Compiler:
             projection=projection,
             attention_width=attention[0].in_channels if attention else 0,
             attention_hidden=hidden,
-            expected_variance=expected_std**2,
+            expected_variance=self.expected_std**2,
             alpha=spec.block.alpha,
-            beta=1.0 / expected_std,
+            beta=1.0 / self.expected_std,
             drop_rate=rate / (total if is_official else max(1, total - 1)),
             resolution=self.map_size,
             params=sum(p.params for p in parts) + norms + (spec.block.skip_gain != "none"),
@@ -291,7 +323,8 @@ class _Compiler:
 
     def _feature(self, name: str) -> None:
         level = len(self.features) + 1
-        self.features.append(FeatureInfo(level, name, self.channels, self.stride))
+        variance = self.expected_std**2
+        self.features.append(FeatureInfo(level, name, self.channels, self.stride, variance))
 
     def _final_width(self) -> int:
         """Width of the final 1x1 convolution, 0 for none."""

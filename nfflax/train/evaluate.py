@@ -22,6 +22,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy of every set of parameters, over all valid images.
 
+    Each is folded first: the batches then cost less.
     `weights` maps the beginning of the results' names to parameters: {"": raw, "ema/": average}.
     `advance` is told of every batch that is done. Sums are added up in whole numbers and float64:
     the same for any batch size and number of hosts, but for the rounding of single losses.
@@ -29,6 +30,7 @@ def evaluate(
     start, size = time.perf_counter(), program.eval_batch_size
     zeros = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "examples": 0.0}
     totals = dict.fromkeys(weights, zeros)
+    networks = {name: program.fold(params, stats) for name, params in weights.items()}
     pending: dict[str, Any] = {}
 
     def collect() -> None:
@@ -38,9 +40,7 @@ def evaluate(
     with program.eval_feed(source) as batches:
         for batch in batches:
             placed = program.put(batch, size)
-            found = {
-                name: program.eval_step(params, stats, placed) for name, params in weights.items()
-            }
+            found = {name: program.eval_step(each, placed) for name, each in networks.items()}
             collect()  # of the batch before: the device is busy with this one meanwhile
             pending = found
             advance(1)

@@ -6,6 +6,8 @@ found = predictions(loaded.model, images_NHWC)  # uint8, as loaded.view makes th
 
 import dataclasses
 import functools
+import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +20,14 @@ from nfflax.data.views import EvalView
 from nfflax.nn.builder import build
 from nfflax.nn.net import NFNet
 from nfflax.spec.errors import Problem
+from nfflax.spec.files import Origin
 from nfflax.spec.load import Source, load_spec
 from nfflax.spec.run import Run
+from nfflax.spec.schema import Spec
 from nfflax.train.errors import CheckpointError
-from nfflax.train.transfer import open_weights
+from nfflax.train.transfer import Pretrained, open_weights
+from nfflax.weights.adapt import CLASSES, adapted_spec, new_classifier
+from nfflax.weights.fold import fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +51,71 @@ class Loaded:
         return EvalView.of(self.model.spec)
 
 
-def load_model(path: str, *, spec: Source | None = None, **how: Any) -> Loaded:
-    """The network of a run's folder, of one of its checkpoints, or of a file DeepMind released.
+def load_model(
+    place: str | os.PathLike[str],
+    *,
+    spec: Source | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    rngs: nnx.Rngs | None = None,
+    **how: Any,
+) -> Loaded:
+    """The trained network at a place: a run's folder, one of its checkpoints, a file, an address,
+    `hf://owner/repo`, or the name of a preset with published weights (docs/weights.md).
 
-    `spec` is the network of a file that is none of the released ones; where the network is known,
-    it must be the same, and may have another resolution. `how` goes to `nfflax.build`; the compute
-    type is the run's unless `how` says otherwise.
+    `spec` is the network of a file that does not say it; where it is known, it must be the same.
+    Another `num_classes` gets a new classifier, drawn from `rngs`, and 0 none; other `in_channels`
+    an adapted first convolution. `overrides` changes what leaves the meaning of weights as it is,
+    by dotted key: `{"resolution.test": 320, "head.dropout": 0.5}`. `how` goes to `nfflax.build`;
+    the compute type is the run's, or float32, unless `how` says otherwise.
     """
-    asked = None if spec is None else load_spec(spec)
-    found = open_weights(path, asked)
+    found = open_weights(os.fspath(place), None if spec is None else load_spec(spec))
+    if overrides:
+        wanted = load_spec(found.spec, overrides)
+        found = found.seen_as(wanted, Origin("overrides"))
+        num_classes = wanted.head.num_classes if num_classes is None else num_classes
+        in_channels = wanted.stem.in_channels if in_channels is None else in_channels
+    return network_of(found, num_classes=num_classes, in_channels=in_channels, rngs=rngs, **how)
+
+
+def network_of(
+    found: Pretrained,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    rngs: nnx.Rngs | None = None,
+    **how: Any,
+) -> Loaded:
+    """The network of weights that were opened, as `load_model` makes it."""
+    before = found.spec.head.num_classes
+    if in_channels is not None:
+        found = found.with_channels(in_channels)
+    final, params, stats = _with_classes(found, num_classes, rngs)
     if found.run is not None:
         how = {"dtype": found.run.model.dtype, "unroll": found.run.model.unroll} | how
-    graph = nnx.graphdef(nnx.eval_shape(lambda: build(found.spec, rngs=nnx.Rngs(0), **how)))
-    model = nnx.merge(graph, *found.arrays())
-    return Loaded(model, found.run, found.class_names, found.step, found.notes)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build(final, rngs=nnx.Rngs(0), **how)))
+    names = found.class_names if final.head.num_classes == before else ()
+    return Loaded(nnx.merge(graph, params, stats), found.run, names, found.step, found.notes)
+
+
+def _with_classes(
+    found: Pretrained, num_classes: int | None, rngs: nnx.Rngs | None
+) -> tuple[Spec, dict[Any, Any], Any]:
+    """(spec, parameters, statistics) for so many classes."""
+    before = found.spec.head.num_classes
+    spec = adapted_spec(found.spec, num_classes=num_classes)
+    classes = spec.head.num_classes
+    if classes not in (0, before) and rngs is None:
+        message = f"the classifier for {before:,} classes cannot be kept: a new one is drawn"
+        allowed = "rngs=nnx.Rngs(0), to draw it from, or num_classes=0, for none"
+        raise CheckpointError([Problem(found.path, CLASSES, message, classes, allowed)])
+    params, stats = found.arrays()
+    if classes != before:
+        params = {key: value for key, value in params.items() if key != "classifier"}
+        if classes and rngs is not None:
+            params["classifier"] = new_classifier(spec, rngs)
+    return spec, params, stats
 
 
 class Predictions(NamedTuple):
@@ -76,7 +133,8 @@ def predictions(
     """The `top` likeliest classes of uint8 images, as `Loaded.view` makes them.
 
     With `batch_size` the network always gets so many at a time, the last ones filled up, and is
-    compiled once for any number of images. Without it, it gets all at once.
+    compiled once for any number of images. Without it, it gets all at once. The network is folded
+    first: whoever calls this often gives it `nfflax.fold(model)`, which is folded already.
     """
     images_NHWC = np.asarray(images_NHWC)
     classes, count = model.spec.head.num_classes, len(images_NHWC)
@@ -84,7 +142,7 @@ def predictions(
         message = "has no classifier, so there is nothing to predict"
         raise CheckpointError([Problem(model.spec.name, "head.num_classes", message, classes)])
     size, top = batch_size or count, min(top, classes)
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(fold(model))
     parts = [(np.zeros((0, top), np.int32), np.zeros((0, top), np.float32))]
     for start in range(0, count, size or 1):
         rows_NHWC = images_NHWC[start : start + size]

@@ -1,6 +1,7 @@
 """A run made ready for its devices: state, steps and feeds that fit each other and one mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from nfflax.optim.factory import Recipe
 from nfflax.spec.errors import Problem, SpecError
 from nfflax.spec.run import Run
 from nfflax.train.distributed import one_at_a_time
-from nfflax.train.mesh import batch_sharding, check_fits, feed_rows
+from nfflax.train.mesh import batch_sharding, check_fits, feed_rows, param_shardings
 from nfflax.train.state import (
     State,
     abstract_model,
@@ -27,6 +28,7 @@ from nfflax.train.state import (
     shardings_of,
 )
 from nfflax.train.step import Batch, Metrics, eval_step, train_step
+from nfflax.weights.fold import fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +38,42 @@ class Program:
     run: Run
     mesh: jax.sharding.Mesh
     recipe: Recipe
+    model: nnx.Module
+    """The network without arrays."""
     abstract: State
     """Shape, type and sharding of every array of the state."""
     init: Callable[[], State]
     """The state at step 0."""
     train_step: Callable[[State, Batch], tuple[State, Metrics]]
     """One update; uses up the state that it is given."""
-    eval_step: Callable[[Any, Any, Batch], Metrics]
-    """(parameters, BatchNorm's statistics, batch) -> sums over its valid rows."""
+
+    def fold(self, params: Any, stats: Any) -> Any:
+        """The network folded for `eval_step`, from its parameters and BatchNorm's statistics."""
+        return self._evaluation[0](params, stats)
+
+    def eval_step(self, folded: Any, batch: Batch) -> Metrics:
+        """Sums over the valid rows of a batch, of the network that `fold` made."""
+        return self._evaluation[1](folded, batch)
+
+    @functools.cached_property
+    def _evaluation(self) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Batch], Metrics]]:
+        """Both programs, made on first use: not every run evaluates."""
+        graph, folded = nnx.graphdef(self.model), nnx.eval_shape(fold, self.model)
+        places = param_shardings(nnx.state(folded), self.mesh)
+
+        def folding(params: Any, stats: Any) -> Any:
+            return nnx.to_pure_dict(nnx.state(fold(nnx.merge(graph, params, stats))))
+
+        state = shardings_of(self.abstract)
+        make = jax.jit(
+            folding, in_shardings=(state["params"], state["stats"]), out_shardings=places
+        )
+        step = jax.jit(
+            eval_step(self.run, nnx.graphdef(folded), self.mesh),
+            in_shardings=(places, batch_sharding(self.mesh)),
+            out_shardings=NamedSharding(self.mesh, PartitionSpec()),
+        )
+        return one_at_a_time(make, self.mesh), one_at_a_time(step, self.mesh)
 
     def put(self, batch: Mapping[str, np.ndarray], batch_size: int) -> Batch:
         """This process's rows of a batch of `batch_size`, as arrays on the devices."""
@@ -91,24 +121,18 @@ def make_program(run: Run, mesh: jax.sharding.Mesh) -> Program:
     abstract = abstract_state(run, recipe, model, mesh)
     state, rows = shardings_of(abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    params, stats = state["params"], state["stats"]
     train = jax.jit(
         train_step(run, recipe, graph, mesh),
         donate_argnums=0,
         in_shardings=(state, rows),
         out_shardings=(state, whole),
     )
-    evaluate = jax.jit(
-        eval_step(run, graph, mesh),
-        in_shardings=(params, stats, rows),
-        out_shardings=whole,
-    )
     return Program(
         run=run,
         mesh=mesh,
         recipe=recipe,
+        model=model,
         abstract=abstract,
         init=make_state(run, recipe, abstract),
         train_step=one_at_a_time(train, mesh),
-        eval_step=one_at_a_time(evaluate, mesh),
     )

@@ -78,17 +78,17 @@ def train_step(
 
 def eval_step(
     run: Run, graph: nnx.GraphDef, mesh: jax.sharding.Mesh
-) -> Callable[[Any, Any, Batch], Metrics]:
-    """The function that adds up what a network gets right in a batch of `eval_batches`.
+) -> Callable[[Any, Batch], Metrics]:
+    """The function that adds up what a folded network gets right in a batch of `eval_batches`.
 
     Sums, and over valid rows only: so an uneven last batch counts for what it holds.
     """
 
-    def evaluate(params: Any, stats: Any, batch: Batch) -> Metrics:
+    def evaluate(params: Any, batch: Batch) -> Metrics:
         dtype = jnp.dtype(run.model.dtype)
         images_NHWC = normalize(batch["images"], run.spec.preprocess, dtype=dtype)
         images_NHWC = jax.lax.with_sharding_constraint(images_NHWC, image_sharding(mesh))
-        logits = nnx.merge(graph, params, stats)(images_NHWC, train=False)
+        logits = nnx.merge(graph, params)(images_NHWC, train=False)
         labels, valid = batch["labels"], batch["valid"]
         losses = optim.cross_entropy(logits, labels)
         return {

@@ -13,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nfflax.nn.frozen import Frozen
 from nfflax.weights.errors import WeightsError
 
 Path = tuple[Any, ...]
 Tree = nnx.Module | nnx.State | Mapping[Any, Any]
 Transform = Callable[[np.ndarray], np.ndarray]
+
+PARAMS = nnx.Any(nnx.Param, Frozen)
+"""The variables that foreign formats know; BatchNorm's statistics are in ours only."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,21 @@ def to_named(tree: Tree) -> dict[str, np.ndarray]:
     return named
 
 
-def param_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+def param_shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     """Per-block names and shapes: nothing leaves its device, and an abstract network will do."""
     return {
         name: leaf.shape if part is ... else leaf.shape[1:]
-        for path, leaf in _flat(model)
+        for path, leaf in _flat(tree)
         for name, part in block_names(path, leaf.shape)
     }
 
 
 def _flat(tree: Tree) -> list[tuple[Path, Any]]:
     if isinstance(tree, nnx.Module):
-        tree = nnx.state(tree, nnx.Param)
+        if getattr(tree, "folded", False):
+            problem = "it is folded for inference; only what it was made from has such weights"
+            raise WeightsError("the network", [problem])
+        tree = nnx.state(tree, PARAMS)
     if isinstance(tree, nnx.State):
         tree = nnx.to_pure_dict(tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -76,15 +83,41 @@ def load_entries(
 
     Nothing is changed unless everything fits.
     """
-    by_name = {entry.ours: entry for entry in entries}
-    state = nnx.state(model, nnx.Param)
+    state = nnx.state(model, PARAMS)
     flat = nnx.to_flat_state(state)
-    values: list[np.ndarray] = []
-    problems, used = [], set()
+    values = read_entries(dict(flat), entries, arrays, source)
     for path, variable in flat:
-        shape = tuple(variable.shape)
-        value = np.empty(shape, variable.dtype)
-        for name, part in block_names(path, shape):
+        variable.set_value(_placed(values[path], variable.get_value()))
+    nnx.update(model, state)
+
+
+def read_entries(
+    leaves: Mapping[Path, Any], entries: Iterable[Entry], arrays: Mapping[str, Any], source: str
+) -> dict[Path, np.ndarray]:
+    """What foreign arrays come to under our paths; all that does not fit is one WeightsError.
+
+    `leaves` have the shapes and types that are wanted.
+    """
+    by_name = {entry.ours: entry for entry in entries}
+    if problems := misfits(leaves, by_name, arrays):
+        raise WeightsError(source, problems)
+    values: dict[Path, np.ndarray] = {}
+    for path, leaf in leaves.items():
+        values[path] = value = np.empty(leaf.shape, leaf.dtype)
+        for name, part in block_names(path, leaf.shape):
+            entry = by_name[name]
+            value[part] = entry.restore(np.asarray(arrays[entry.theirs]))
+    return values
+
+
+def misfits(
+    leaves: Mapping[Path, Any], by_name: Mapping[str, Entry], arrays: Mapping[str, Any]
+) -> list[str]:
+    """Every foreign array that is missing, unexpected, of another shape or no numbers."""
+    problems, used = [], set()
+    for path, leaf in leaves.items():
+        value = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # takes no memory
+        for name, part in block_names(path, leaf.shape):
             entry = by_name[name]
             used.add(entry.theirs)
             if entry.theirs not in arrays:
@@ -100,15 +133,7 @@ def load_entries(
                 problems.append(f"wrong shape: {entry.theirs} is {shapes}")
             elif not _is_real(found.dtype):
                 problems.append(f"not numeric: {entry.theirs} is {found.dtype}")
-            else:
-                value[part] = entry.restore(found)
-        values.append(value)
-    problems += [f"unexpected: {name}" for name in arrays if name not in used]
-    if problems:
-        raise WeightsError(source, problems)
-    for (_, variable), value in zip(flat, values, strict=True):
-        variable.set_value(_placed(value, variable.get_value()))
-    nnx.update(model, state)
+    return problems + [f"unexpected: {name}" for name in arrays if name not in used]
 
 
 def _as_array(value: Any) -> np.ndarray | None:

@@ -3,6 +3,8 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -12,9 +14,11 @@ from golden_data import random_model
 from trained import TINY, save, tiny_run
 
 import nfflax
+from nfflax.cli.eval import _label_notes
 from nfflax.data.sources import open_source
 from nfflax.train.inference import load_model
 from nfflax.weights import to_deepmind
+from nfflax.weights.published import imagenet_classes
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,16 @@ def test_mistakes_end_with_code_2(run, trained, options, said):
     ran = run("eval", trained, *options)
     assert (ran.code, ran.out) == (2, "")
     assert said in ran.err
+
+
+def test_folders_called_by_the_synset_are_the_published_classes():
+    names = imagenet_classes()
+    source = SimpleNamespace(class_names=[name.split()[0] for name in names])
+    run = tiny_run(model__set__head__num_classes=1000)
+    assert _label_notes(run, cast(Any, source), names) == []
+    source.class_names[7] = "n00000000"
+    (note,) = _label_notes(run, cast(Any, source), names)
+    assert "class 7 is 'n00000000'" in note
 
 
 def test_more_classes_than_the_network_tells_apart(run, tmp_path):

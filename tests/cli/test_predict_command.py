@@ -74,4 +74,6 @@ def test_what_is_no_image_as_json(run, trained, pictures):
 def test_a_network_that_is_not_there(run, pictures):
     ran = run("predict", "nowhere", pictures)
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("error: 1 problem in the checkpoint\nnowhere\n    no such file")
+    assert ran.err.startswith(
+        "error: 1 problem in the checkpoint\nnowhere\n    There is no such file"
+    )

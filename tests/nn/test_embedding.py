@@ -97,11 +97,18 @@ def test_trains_under_nnx_jit(level):
     assert all(jax.tree.leaves(moved)), moved
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
-def test_trains_the_same_under_jax_jit_over_pure_dicts(model, wrap):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda f: f, id="plain", marks=pytest.mark.slow),
+        pytest.param(jax.checkpoint, id="checkpoint"),
+    ],
+)
+def test_trains_the_same_under_jax_jit_over_pure_dicts(wrap):
     """No NNX object crosses the boundary: dictionaries of arrays in, and out. And the same again
     under jax.checkpoint.
     """
+    model = Classifier(level=2, rngs=nnx.Rngs(0))
     model.train()
     graph, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
