@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COMMANDS = {
+    "convert": "write trained weights in another form, for other programs",
     "data": "look into a source of images, pack one, see and time what a run feeds",
     "eval": "evaluate a trained network on its own data or on others",
+    "export": "write a trained network as a program that runs without nfflax",
     "predict": "show what a trained network sees in images",
+    "report": "show what runs have come to, as one HTML page",
     "spec": "list, show, check and compare the specs of networks",
     "train": "train a network as a run file says, or show what that would do",
 }
@@ -124,7 +127,7 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, allow_nan=False))
 
 
-def report(error: SpecError, *, as_json: bool) -> None:
+def show_problems(error: SpecError, *, as_json: bool) -> None:
     """Print what is wrong with what was given: to people on stderr, to programs on stdout."""
     if as_json:
         print_json({"problems": [_problem(problem) for problem in error.problems]})
@@ -142,7 +145,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         return args.run(args) or 0
     except SpecError as error:
-        report(error, as_json=getattr(args, "json", False))
+        show_problems(error, as_json=getattr(args, "json", False))
         return 2
 
 
