@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from nfflax.nn.roles import Role as Role
     from nfflax.nn.roles import role_of as role_of
     from nfflax.optim.agc import agc as agc
+    from nfflax.pretrained import backbone as backbone
+    from nfflax.pretrained import load as load
     from nfflax.spec.errors import SpecError as SpecError
     from nfflax.spec.load import load_run as load_run
     from nfflax.spec.load import load_spec as load_spec
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from nfflax.spec.run import Run as Run
     from nfflax.spec.schema import Spec as Spec
     from nfflax.weights.errors import WeightsError as WeightsError
+    from nfflax.weights.export import export as export
+    from nfflax.weights.fold import fold as fold
 
 _MODULE_OF = {
     "BlockPlan": "nfflax.spec.parts",
@@ -44,10 +48,14 @@ _MODULE_OF = {
     "SpecError": "nfflax.spec.errors",
     "WeightsError": "nfflax.weights.errors",
     "agc": "nfflax.optim.agc",
+    "backbone": "nfflax.pretrained",
     "build": "nfflax.nn.builder",
     "create": "nfflax.nn.builder",
+    "export": "nfflax.weights.export",
+    "fold": "nfflax.weights.fold",
     "gamma_of": "nfflax.nn.activations",
     "list_specs": "nfflax.spec.presets",
+    "load": "nfflax.pretrained",
     "load_run": "nfflax.spec.load",
     "load_spec": "nfflax.spec.load",
     "plan": "nfflax.spec.plan",

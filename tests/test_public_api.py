@@ -130,8 +130,8 @@ def test_types_are_published():
     [
         (
             "nfflax.nn",
-            """EfficientChannelAttention NFNet Role SqueezeExcite WSConv WSConvTranspose build
-            create gamma_of register_activation role_of""",
+            """Backbone EfficientChannelAttention Frozen NFNet Role SqueezeExcite WSConv
+            WSConvTranspose build create gamma_of register_activation role_of""",
         ),
         (
             "nfflax.data",

@@ -55,8 +55,9 @@ class Model(Table):
     unroll: Annotated[int, Field(ge=1, le=MAX_DEPTH)] = 1
     """How many of a stage's equal blocks the compiler sees at once; 1 compiles fastest."""
     weights: Annotated[str, Field(max_length=1000)] = ""
-    """Weights to start from: a run's folder, one of its checkpoints, or a file that DeepMind
-    released. A classifier for other classes starts anew; everything else must fit."""
+    """Weights to start from: a run's folder, one of its checkpoints, a file of weights, https://...,
+    hf://owner/repo, or a preset with published weights. A classifier for other classes starts anew,
+    a first convolution for other channels is adapted; everything else must fit."""
 
 
 class Train(Table):

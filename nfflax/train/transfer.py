@@ -1,53 +1,46 @@
 """Weights that were trained before: found, compared with the network asked for, put in place.
 
-They come from a run's folder, from one of its checkpoints, or from a file that DeepMind released.
-What counts is what the weights mean: with another activation the same shapes are another network.
+They come from a run's folder, from one of its checkpoints, or from elsewhere: weights/places.py has
+the grammar, weights/foreign.py the formats. What counts is what the weights mean: with another
+activation the same shapes are another network.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from nfflax.nn.builder import build
 from nfflax.nn.net import NFNet
-from nfflax.optim.roles import dotted, leaves_by_path, map_by_path
+from nfflax.optim.roles import leaves_by_path
 from nfflax.spec.errors import NOT_GIVEN, Problem, SpecError, nearest
 from nfflax.spec.files import Origin
 from nfflax.spec.load import load_run, load_spec
-from nfflax.spec.plan import plan
 from nfflax.spec.presets import list_specs
 from nfflax.spec.run import Run
 from nfflax.spec.schema import Spec
 from nfflax.train.checkpoint import FOLDER as CHECKPOINTS
 from nfflax.train.checkpoint import load_weights
+from nfflax.train.downloads import fetched
 from nfflax.train.errors import CheckpointError
-from nfflax.train.mesh import param_shardings
-from nfflax.weights import load_deepmind
+from nfflax.train.placing import on_mesh, set_arrays
+from nfflax.weights.adapt import CHANNELS, CLASSES, Values, adapted_spec, with_channels
 from nfflax.weights.errors import WeightsError
-from nfflax.weights.haiku_pickle import read_haiku_pickle
+from nfflax.weights.foreign import Foreign, abstract_network, is_hub_folder, read_foreign
+from nfflax.weights.meaning import OF_CHANNELS, by_key, differing
+from nfflax.weights.places import Fetched
+from nfflax.weights.published import imagenet_classes, published
 
 if TYPE_CHECKING:  # who only loads a network needs no data pipeline
     from nfflax.train.program import Program
     from nfflax.train.state import State
-
-# Keys of a spec that leave the meaning of weights as it is: what only training does, what only
-# initial values are, and how large images are.
-_FREE = re.compile(
-    r"regularization\..*|resolution\..*|head\.(dropout|init)|norm\.momentum"
-    r"|block\.last_gain|preprocess\.(interpolation|crop|crop_fraction|crop_margin)"
-)
-_CLASSES = "head.num_classes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +53,20 @@ class Pretrained:
     """The network that they belong to."""
     spec_source: str
     """What a run's `model.spec` calls it: a file or a preset; empty where there is neither."""
-    load: Callable[[NFNet], None]
-    """Sets them on a network without arrays, where its abstract arrays are to lie."""
+    values: Callable[[NFNet], Values]
+    """Arrays on the host, by the paths that they have in this network without arrays."""
     run: Run | None = None
-    """The run that trained them; None for a released file."""
+    """The run that trained them; None for what no run of nfflax did."""
     step: int | None = None
-    """Updates made by then; None for a released file."""
+    """Updates made by then; None where that is not known."""
     class_names: tuple[str, ...] = ()
     """In the order of the outputs; empty where they are not known."""
     notes: tuple[str, ...] = ()
     """What their user should know."""
+    foreign: Foreign | None = None
+    """The arrays as they were read; None for a checkpoint."""
+    local: Path | None = None
+    """Where their file or folder is on this machine; None for a checkpoint."""
 
     def __str__(self) -> str:
         return self.path if self.step is None else f"{self.path}, step {self.step:,}"
@@ -80,12 +77,37 @@ class Pretrained:
         On a mesh every device gets its part of them straight from the host; without one they lie on
         the default device, free to move.
         """
-        model = nnx.eval_shape(lambda: build(self.spec, rngs=nnx.Rngs(0)))
+        model = abstract_network(self.spec)
         if mesh is not None:
-            _on(mesh, model)
-        self.load(model)
+            on_mesh(mesh, model)
+        set_arrays(model, self.values(model), self.path)
         _, params, stats = nnx.split(model, nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    def seen_as(self, spec: Spec, origin: Origin) -> "Pretrained":
+        """The same as `spec` has it, up to classes and channels; raises CheckpointError."""
+        require_same(self, spec, origin)
+        before = self.spec
+        own = {CLASSES: before.head.num_classes, CHANNELS: before.stem.in_channels}
+        own |= {key: getattr(before.preprocess, key.split(".")[1]) for key in OF_CHANNELS}
+        return dataclasses.replace(self, spec=load_spec(spec, own))
+
+    def with_channels(self, in_channels: int) -> "Pretrained":
+        """The same for images of other channels (weights/adapt.py); raises CheckpointError."""
+        before = self.spec
+        if in_channels == before.stem.in_channels:
+            return self
+        try:
+            spec = adapted_spec(before, in_channels=in_channels)
+        except WeightsError as error:
+            raise _as_checkpoint_error(self.path, error) from None
+
+        def values(_: NFNet) -> Values:
+            return with_channels(self.values(abstract_network(before)), before, in_channels)
+
+        channels = f"{before.stem.in_channels} channels before, {in_channels} now"
+        note = f"the first convolution is adapted to the images: {channels}"
+        return dataclasses.replace(self, spec=spec, values=values, notes=(*self.notes, note))
 
 
 def with_weights(state: "State", program: "Program") -> tuple["State", tuple[str, ...]]:
@@ -108,10 +130,14 @@ def with_weights(state: "State", program: "Program") -> tuple["State", tuple[str
 
 
 def starting_weights(run: Run) -> Pretrained:
-    """The weights that a run starts from; raises CheckpointError where they do not fit it."""
+    """The weights that a run starts from; raises CheckpointError where they do not fit it.
+
+    Their first convolution is for the images of the run.
+    """
     path, name = run.model.weights, f"run {run.name}"
     try:
-        return open_weights(path, run.spec, Origin(name, prefix="model.set."))
+        found = open_weights(path, run.spec, Origin(name, prefix="model.set."))
+        return found.with_channels(run.spec.stem.in_channels)
     except CheckpointError as error:
         whole = {"file": name, "key": "model.weights", "value": path}  # of the path itself
         problems = [
@@ -132,17 +158,17 @@ def require_same(
 ) -> None:
     """Raise CheckpointError, with all differences, if weights mean something else in `spec`.
 
+    Classes and channels are free, for they can be adapted; with `same_classes` they are not.
     `origin` is where the keys of `spec` were said.
     """
-    theirs, ours = _by_key(found.spec), _by_key(spec)
-    free = [key for key in ours if _FREE.fullmatch(key) or (key == _CLASSES and not same_classes)]
-    problems = [
-        origin.problem(key, f"is {_shown(theirs[key])} in {found.path}", value)
-        for key, value in ours.items()
-        if theirs[key] != value and key not in free
-    ]
-    if not problems:
+    others = differing(found.spec, spec, same_classes=same_classes)
+    if not others:
         return
+    theirs, ours = by_key(found.spec), by_key(spec)
+    problems = [
+        origin.problem(key, f"is {_shown(theirs[key])} in {found.path}", ours[key])
+        for key in others
+    ]
     keys = "1 key" if len(problems) == 1 else f"{len(problems)} keys"
     message = f"is another network than the one in {found.path}: they differ in {keys}"
     key, value = ("model.spec", spec.name) if origin.prefix else ("", NOT_GIVEN)
@@ -150,27 +176,24 @@ def require_same(
     raise CheckpointError([first, *problems])
 
 
-def open_weights(path: str, spec: Spec | None = None, origin: Origin | None = None) -> Pretrained:
-    """What lies at a path, none of it on a device yet.
+def open_weights(place: str, spec: Spec | None = None, origin: Origin | None = None) -> Pretrained:
+    """What lies at a place (weights/places.py), none of it on a device yet.
 
-    `spec`, said in `origin`, is the network to see in it, up to the number of classes. Only a file
-    in DeepMind's format that is none of the released ones needs it; where the network is known,
-    it must be the same.
+    `spec`, said in `origin`, is the network to see in it, up to classes and channels, which stay
+    those of the weights. Only a file that does not say its network, and whose shapes no preset has,
+    needs it; where the network is known, it must be the same. In a run of several processes all
+    call this together.
     """
-    place = Path(os.path.expanduser(path))
-    if os.path.isdir(place):
-        found = _checkpoint(path, place)
-    elif os.path.isfile(place):
-        found = _released(path, place, spec)
+    try:
+        there = fetched(place)
+    except WeightsError as error:
+        near = _nearest_run(Path(os.path.expanduser(place)))
+        raise _as_checkpoint_error(place, error, near) from None
+    if there.path.is_dir() and not is_hub_folder(there.path):
+        found = _checkpoint(place, there.path)
     else:
-        message, near = "no such file or folder", _nearest_run(place)
-        allowed = "a run's folder, one of its checkpoints, or a file that DeepMind released"
-        raise CheckpointError([Problem(path, "", message, allowed=allowed, nearest=near)])
-    if spec is None:
-        return found
-    require_same(found, spec, origin or Origin(f"network {spec.name}"))
-    classes = found.spec.head.num_classes
-    return dataclasses.replace(found, spec=load_spec(spec, {_CLASSES: classes}))
+        found = _from_elsewhere(place, there, spec)
+    return found if spec is None else found.seen_as(spec, origin or Origin(f"network {spec.name}"))
 
 
 def _nearest_run(place: Path) -> str:
@@ -188,23 +211,25 @@ def _nearest_run(place: Path) -> str:
 def _checkpoint(path: str, place: Path) -> Pretrained:
     weights = load_weights(place)
     try:
-        run = load_run(weights.about["run"])
+        # What `nfflax convert` has written knows no run.
+        run = None if "spec" in weights.about else load_run(weights.about["run"])
+        spec = load_spec(weights.about["spec"]) if run is None else run.spec
         class_names = tuple(weights.about["class_names"])
     except KeyError as error:
         message = f"does not say {error}, as the checkpoints of a training run do"
         raise CheckpointError([Problem(path, "", message)]) from None
     except SpecError as error:
-        message = "was trained by a run that cannot be understood here"
+        message = "is of a run or a network that cannot be understood here"
         raise CheckpointError([Problem(path, "", message), *error.problems]) from None
     values = leaves_by_path(weights.params) | leaves_by_path(weights.stats)
     files = (place / "spec.json", place.parent.parent / "spec.json")
     return Pretrained(
         path=path,
-        spec=run.spec,
+        spec=spec,
         spec_source=next((str(file) for file in files if file.is_file()), ""),
-        load=lambda model: _set(model, values, path),
+        values=lambda _: values,
         run=run,
-        step=weights.step,
+        step=None if run is None else weights.step,
         class_names=class_names,
         notes=tuple(
             f"the checkpoint of step {step} is damaged ({reason}); it is left out"
@@ -213,105 +238,74 @@ def _checkpoint(path: str, place: Path) -> Pretrained:
     )
 
 
-# --- DeepMind's files -------------------------------------------------------------------------
+# --- files and folders from elsewhere ---------------------------------------------------------
 
 
-def _released(path: str, place: Path, spec: Spec | None) -> Pretrained:
+def _from_elsewhere(place: str, there: Fetched, asked: Spec | None) -> Pretrained:
+    known = load_spec(there.published.preset) if there.published else None
     try:
-        tree = read_haiku_pickle(place)
+        foreign = read_foreign(there.path, known)
+        spec, notes = _network_of(place, foreign, asked)
     except WeightsError as error:
-        raise _as_checkpoint_error(path, error) from None
-    classes = _classes_of(tree)
-    count = sum(array.size for module in tree.values() for array in module.values())
-    known = _released_network(count, classes)
-    network = known or spec
-    if network is None:
-        message = f"holds {count:,} weights, as none of the released networks does"
-        raise CheckpointError([Problem(path, "", message, allowed="--spec NAME|FILE says which")])
+        raise _as_checkpoint_error(place, error) from None
 
-    def load(model: NFNet) -> None:
+    def values(network: NFNet) -> Values:
         try:
-            load_deepmind(model, tree)
+            return foreign.values(network)
         except WeightsError as error:
-            raise _as_checkpoint_error(path, error) from None
+            raise _as_checkpoint_error(place, error) from None
 
-    own = load_spec(network, {_CLASSES: classes})
-    return Pretrained(path=path, spec=own, spec_source=known or "", load=load)
-
-
-def _released_network(count: int, classes: int) -> str | None:
-    """Which of the released networks has so many weights: no two have the same number."""
-    for name in list_specs("nfnet_f?"):
-        if plan(load_spec(name, {_CLASSES: classes})).params == count:
-            return name
-    return None
-
-
-def _classes_of(tree: Mapping[str, Mapping[str, np.ndarray]]) -> int:
-    """Outputs of the classifier in a Haiku tree."""
-    for module, arrays in tree.items():
-        if re.fullmatch(r"[^/]+/~/linear", module) and "b" in arrays:
-            return arrays["b"].size
-    return 0
+    names = foreign.class_names
+    if not names and published(spec.name) and spec.head.num_classes == len(imagenet_classes()):
+        names = imagenet_classes()
+        if not there.published:
+            notes += (f"its {len(names):,} classes are taken for ImageNet's",)
+    return Pretrained(
+        path=place,
+        spec=spec,
+        spec_source=spec.name if spec.name in list_specs() else "",
+        values=values,
+        class_names=names if len(names) == spec.head.num_classes else (),
+        notes=(*there.notes, *notes),
+        foreign=foreign,
+        local=there.path,
+    )
 
 
-def _as_checkpoint_error(path: str, error: WeightsError) -> CheckpointError:
-    return CheckpointError([Problem(path, "", problem) for problem in error.problems])
+def _network_of(place: str, foreign: Foreign, asked: Spec | None) -> tuple[Spec, tuple[str, ...]]:
+    """The network that weights are of, and what to say about that choice."""
+    if asked is None:
+        return _likeliest(place, foreign)
+    nearest_spec = min(foreign.specs, key=lambda spec: len(differing(spec, asked)), default=None)
+    others = [] if nearest_spec is None else differing(nearest_spec, asked)
+    if nearest_spec is not None and (foreign.is_known or not others):
+        return nearest_spec, ()
+    own = foreign.own(asked)
+    problems = foreign.problems(own)
+    if nearest_spec is None:
+        if problems:
+            raise WeightsError(place, problems)
+        return own, ()
+    if problems:  # how the specs differ says more than hundreds of names
+        return nearest_spec, ()
+    # A variation with a preset's shapes: whose it is, only its user knows.
+    keys = f"they differ in {', '.join(others)}"
+    return own, (f"the weights fit {nearest_spec.name} as well as {asked.name}: {keys}",)
 
 
-# --- networks without arrays ------------------------------------------------------------------
+def _likeliest(place: str, foreign: Foreign) -> tuple[Spec, tuple[str, ...]]:
+    if not foreign.specs:
+        count = sum(array.size for array in foreign.arrays.values())
+        message = f"holds {count:,} weights, as none of the presets that it could be of does"
+        allowed = "--spec NAME|FILE (in Python: spec=) says which network it is"
+        raise CheckpointError([Problem(place, "", message, allowed=allowed)])
+    taken, *others = (spec.name for spec in foreign.specs)
+    note = f"taken for {taken}; {' and '.join(others)} fits too, and --spec (spec=) chooses it"
+    return foreign.specs[0], (note,) if others else ()
 
 
-def _on(mesh: Mesh, model: NFNet) -> None:
-    """Say where on a mesh the arrays of a network without arrays are to lie."""
-    places = leaves_by_path(param_shardings(model, mesh))
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places.get(path, whole))
-
-    _replace(model, placed)
-
-
-def _set(model: NFNet, values: Mapping[tuple[Any, ...], np.ndarray], source: str) -> None:
-    """Give a network without arrays its arrays, each where it is to lie."""
-    problems = []
-
-    def value_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-        value = values.get(path)
-        if value is None or (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
-            there = "missing" if value is None else f"{value.dtype} {list(value.shape)}"
-            message = f"is {there}; the network has {leaf.dtype} {list(leaf.shape)}"
-            problems.append(Problem(source, dotted(path), message))
-            return leaf
-        if leaf.sharding is None:
-            return jnp.asarray(value)
-        # Every process has it whole; device_put would send it to all of them to compare.
-        return jax.make_array_from_callback(value.shape, leaf.sharding, lambda part: value[part])
-
-    _replace(model, value_of)
-    if problems:
-        raise CheckpointError(problems)
-
-
-def _replace(model: NFNet, function: Callable[..., Any]) -> None:
-    """Put `function(path, leaf)` in the place of every leaf."""
-    state = nnx.state(model)
-    nnx.replace_by_pure_dict(state, map_by_path(function, nnx.to_pure_dict(state)))
-    nnx.update(model, state)
-
-
-# --- specs key by key -------------------------------------------------------------------------
-
-
-def _by_key(spec: Spec) -> dict[str, Any]:
-    """All values of a spec by dotted key, but what it is called."""
-    return {
-        f"{table}.{key}": value
-        for table, values in spec.model_dump(mode="json").items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }
+def _as_checkpoint_error(path: str, error: WeightsError, near: str = "") -> CheckpointError:
+    return CheckpointError([Problem(path, "", text, nearest=near) for text in error.problems])
 
 
 def _shown(value: Any) -> str:

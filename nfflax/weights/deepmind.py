@@ -24,25 +24,26 @@ def load_deepmind(model: nnx.Module, tree_or_path: HaikuTree | str | os.PathLike
     source = "the Haiku tree"
     if isinstance(tree_or_path, str | os.PathLike):
         source, tree_or_path = os.fspath(tree_or_path), read_haiku_pickle(tree_or_path)
-    arrays = _flat(tree_or_path)
+    arrays = flat(tree_or_path)
     names = list(param_shapes(model))
-    load_entries(model, haiku_entries(names, _root(arrays, haiku_class(names))), arrays, source)
+    load_entries(model, haiku_entries(names, root_of(arrays, names)), arrays, source)
 
 
-def _flat(tree: HaikuTree) -> dict[str, Any]:
+def flat(tree: HaikuTree) -> dict[str, Any]:
     """`module/parameter`, and as it stands what is no mapping of parameters."""
-    flat: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for module, params in tree.items():
         if isinstance(params, Mapping):
-            flat |= {f"{module}/{name}": array for name, array in params.items()}
+            arrays |= {f"{module}/{name}": array for name, array in params.items()}
         else:
-            flat[str(module)] = params
-    return flat
+            arrays[str(module)] = params
+    return arrays
 
 
-def _root(names: Iterable[str], official: str) -> str:
+def root_of(theirs: Iterable[str], ours: Iterable[str]) -> str:
     """What the network is called. The release allows any name: NFNet/~/linear, my_net/~/linear."""
-    roots = Counter(name.split("/", 1)[0] for name in names)
+    official = haiku_class(ours)
+    roots = Counter(name.split("/", 1)[0] for name in theirs)
     return official if official in roots or not roots else roots.most_common(1)[0][0]
 
 

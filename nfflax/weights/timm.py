@@ -1,14 +1,17 @@
 """Weights under timm's names: a flat state dict of numpy arrays, OIHW kernels."""
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from nfflax.nn.net import NFNet
+from nfflax.nn.body import Body
 from nfflax.weights.errors import WeightsError
 from nfflax.weights.naming import Entry, Tree, load_entries, param_shapes, to_named
+from nfflax.weights.safetensors import read_safetensors
+from nfflax.weights.torch_pickle import read_torch_pickle
 
 _CONVS = {
     "conv0": "conv1",
@@ -20,28 +23,56 @@ _CONVS = {
 }
 
 
-def load_timm(model: nnx.Module, state_dict: Mapping[str, Any]) -> None:
-    """Set `model`'s parameters, in place, from numpy arrays under timm's names.
+def load_timm(
+    model: nnx.Module, state_dict_or_path: Mapping[str, Any] | str | os.PathLike[str]
+) -> None:
+    """Set `model`'s parameters, in place, from arrays under timm's names or a file of them.
 
-    Every missing, unexpected or misshapen entry is in one WeightsError, and then nothing has
-    changed. The numbers mean the same only in a spec with timm's numerics (presets `timm_*`).
+    A file is what `torch.save` or safetensors wrote, which is known by its content; it is read
+    without executing anything in it. Every missing, unexpected or misshapen entry is in one
+    WeightsError, and then nothing has changed. Half precision becomes float32. The numbers mean the
+    same only in a spec with timm's numerics (presets `timm_*`).
     """
-    shapes = param_shapes(model)
-    entries = timm_entries(shapes, _attention_name(model, shapes))
-    load_entries(model, entries, state_dict, "the timm state dict")
+    source, state_dict = "the timm state dict", state_dict_or_path
+    if isinstance(state_dict, str | os.PathLike):
+        source = os.fspath(state_dict)
+        state_dict = read_state_dict(state_dict)[0]
+    entries = network_entries(model)
+    load_entries(model, entries, state_dict, source)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays by name, metadata) of a file that safetensors or torch.save wrote."""
+    if is_safetensors(path):
+        return read_safetensors(path)
+    return read_torch_pickle(path), {}
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins like one: a length in eight bytes, then a JSON object."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        problem = f"The file cannot be read: {error.strerror or error}."
+        raise WeightsError(os.fspath(path), [problem]) from None
 
 
 def to_timm(tree: Tree) -> dict[str, np.ndarray]:
     """timm's state dict of a network's parameters, or of gradients with the same structure."""
     named = to_named(tree)
-    shapes = {name: array.shape for name, array in named.items()}
-    entries = timm_entries(named, _attention_name(tree, shapes))
-    return {entry.theirs: entry.export(named[entry.ours]) for entry in entries}
+    return {entry.theirs: entry.export(named[entry.ours]) for entry in network_entries(tree)}
+
+
+def network_entries(tree: Tree) -> list[Entry]:
+    """`timm_entries` of a network's parameters, or of gradients with the same structure."""
+    shapes = param_shapes(tree)
+    return timm_entries(shapes, _attention_name(tree, shapes))
 
 
 def _attention_name(tree: Tree, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """timm calls attention inside the bottleneck `attn`, after it `attn_last`."""
-    if isinstance(tree, NFNet):
+    if isinstance(tree, Body):
         return "attn" if tree.spec.attention.position == "inside" else "attn_last"
     for name, shape in shapes.items():  # gradients know no spec, but widths tell
         if name.endswith("attention.fc0.kernel"):

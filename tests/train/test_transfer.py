@@ -17,16 +17,21 @@ from trained import NAMES, TINY, save, tiny_run, words
 
 import nfflax
 from nfflax.cli import main
+from nfflax.optim.roles import leaves_by_path
 from nfflax.spec.execution import Mesh
-from nfflax.train import transfer
+from nfflax.spec.files import Origin
 from nfflax.train.errors import CheckpointError
 from nfflax.train.history import METRICS, read_history
 from nfflax.train.inference import load_model, predictions
 from nfflax.train.mesh import make_mesh
 from nfflax.train.program import make_program
 from nfflax.train.state import shardings_of
-from nfflax.train.transfer import open_weights, with_weights
-from nfflax.weights import to_deepmind
+from nfflax.train.transfer import Pretrained, open_weights, require_same, with_weights
+from nfflax.weights import foreign, to_deepmind, to_timm
+from nfflax.weights.adapt import with_channels
+from nfflax.weights.safetensors import write_safetensors
+
+RGB = [0.4, 0.5, 0.6]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +146,7 @@ def test_a_path_that_is_not_there_suggests_a_run(trained, refused, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for name in ("frist", "x" * 1000, "no\0where"):
         (problem,) = refused(model__weights=name).values()
-        assert problem.message == "no such file or folder"
+        assert problem.message.startswith("There is no such file or folder.")
         assert problem.nearest == ("first" if name == "frist" else "")
     Path("runs").mkdir()
     try:
@@ -186,6 +191,47 @@ def test_train_evaluate_and_fine_tune_each_in_one_command(tmp_path, capsys):
     before, after = (params(load_model(str(folder)).model) for folder in (first, second))
     distance = np.abs(before["stem"]["convs"][0]["kernel"] - after["stem"]["convs"][0]["kernel"])
     assert 0 < distance.max() < 0.05
+
+
+# Starting from weights of timm's, on images of other channels
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A state on 2 x 2 x 2 devices from a file for RGB, for grey images; the file's network."""
+    path = tmp_path_factory.mktemp("weights") / "rgb.safetensors"
+    model = random_model(nfflax.load_spec(TINY, {"stem.in_channels": 3, "preprocess.mean": RGB}))
+    write_safetensors(path, to_timm(model))
+    run = tiny_run(model__weights=str(path), mesh__fsdp=2, mesh__tensor=2)
+    mesh = make_mesh(run.mesh)
+    program = make_program(run, mesh)
+    with jax.set_mesh(mesh):
+        return *with_weights(program.abstract, program), program, model
+
+
+def test_the_first_convolution_is_adapted_where_the_train_step_wants_it(adapted):
+    state, notes, program, model = adapted
+    before = leaves_by_path(params(model))
+    wanted = with_channels(before, model.spec, 1)
+    for part in ("params", "ema"):
+        found = leaves_by_path(state[part])
+        assert found.keys() == wanted.keys()
+        for path, leaf in found.items():
+            np.testing.assert_array_equal(leaf, wanted[path])
+        shardings = leaves_by_path(shardings_of(program.abstract[part]))
+        assert {path: leaf.sharding for path, leaf in found.items()} == shardings
+    assert any("3 channels before, 1 now" in note for note in notes)
+
+
+def test_evaluation_adapts_nothing(adapted):
+    *_, model = adapted
+    grey = nfflax.load_spec(model.spec, {"stem.in_channels": 1, "preprocess.mean": 0.5})
+    found = Pretrained("rgb", model.spec, "", lambda _: {})
+    require_same(found, grey, Origin("a run"))
+    with pytest.raises(CheckpointError) as caught:
+        require_same(found, grey, Origin("a run"), same_classes=True)
+    keys = {problem.key for problem in caught.value.problems}
+    assert keys == {"", "stem.in_channels", "preprocess.mean"}
 
 
 # A trained network in one line
@@ -252,7 +298,7 @@ def test_a_network_without_classifier_predicts_nothing():
 
 def test_a_file_of_another_network_needs_its_spec(released):
     path, spec, values = released
-    with pytest.raises(CheckpointError, match="as none of the released networks does"):
+    with pytest.raises(CheckpointError, match="as none of the presets that it could be of does"):
         load_model(path)
     loaded = load_model(path, spec=nfflax.load_spec(spec, {"head.num_classes": 1000}))
     assert_equal(params(loaded.model), values)
@@ -265,7 +311,7 @@ def test_a_released_file_is_known_by_its_number_of_weights(released, monkeypatch
     released_names = nfflax.list_specs("nfnet_f?")
     assert len({nfflax.plan(name).params for name in released_names}) == len(released_names) == 8
     path, spec, values = released
-    monkeypatch.setattr(transfer, "list_specs", lambda _: [spec])
+    monkeypatch.setattr(foreign, "list_specs", lambda _: [spec])
     assert_equal(params(load_model(path).model), values)
     relu = nfflax.load_spec(spec, {"numerics.activation": "relu"})
     with pytest.raises(
@@ -313,9 +359,10 @@ def test_its_run_starts_from_that_run(page):
 
 
 def test_its_python_runs(page):
-    (text,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    text = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     Image.fromarray(np.zeros((20, 20), np.uint8)).save("black.png")
     names: dict[str, Any] = {"np": np, "paths": [Path("black.png")]}
     exec(text, names)
     assert set(names["names"]) <= set(NAMES)
     assert 0.1 <= names["shares"][0] <= 1
+    assert names["model"].spec.resolution.test == 64
