@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from nfflax.data.augment import normalize
 from nfflax.data.views import EvalView
 from nfflax.nn.builder import build
 from nfflax.nn.net import NFNet
+from nfflax.pixels import normalize
 from nfflax.spec.errors import Problem
 from nfflax.spec.files import Origin
 from nfflax.spec.load import Source, load_spec

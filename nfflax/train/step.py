@@ -9,9 +9,9 @@ import optax
 from flax import nnx
 
 import nfflax.optim as optim
-from nfflax.data.augment import normalize
 from nfflax.data.feed import augmentation
 from nfflax.optim.factory import Recipe
+from nfflax.pixels import normalize
 from nfflax.spec.run import Run
 from nfflax.train.mesh import image_sharding
 from nfflax.train.state import State

@@ -28,8 +28,8 @@ from flax import nnx
 from jax import export as jax_export
 from jax.sharding import AxisType
 
-from nfflax.data.augment import normalize
 from nfflax.nn.net import NFNet
+from nfflax.pixels import normalize
 from nfflax.spec.errors import nearest
 from nfflax.weights.errors import WeightsError
 from nfflax.weights.exported import (

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 import nfflax
-from nfflax.data.augment import normalize
 from nfflax.nn.net import NFNet
+from nfflax.pixels import normalize
 from nfflax.spec.schema import Spec
 from nfflax.weights.errors import WeightsError
 
