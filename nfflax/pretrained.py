@@ -54,7 +54,7 @@ def load(
 
 
 def backbone(
-    spec: "Source",
+    spec: "Source | None" = None,
     levels: Iterable[int] = (2, 3, 4, 5),
     *,
     weights: str | os.PathLike[str] | None = None,
@@ -72,9 +72,10 @@ def backbone(
     with `activated` of about unit variance, as `Backbone` says.
 
     Initial weights are drawn from `rngs`, or come from `weights`, a place as `load` has it, which
-    holds the whole network of this spec. What makes the maps up to level `frozen` does not train.
-    `output_stride` 8 or 16 keeps later maps large, with the same parameters. Other `in_channels`
-    adapt the first convolution as `load` does. `how` goes on: `dtype`, `remat`, `unroll`.
+    holds the whole network. `spec` can be left out where the weights say it. What makes the maps up
+    to level `frozen` does not train. `output_stride` 8 or 16 keeps later maps large, with the same
+    parameters. Other `in_channels` adapt the first convolution as `load` does. `how` goes on:
+    `dtype`, `remat`, `unroll`.
     """
     from flax import nnx
 
@@ -83,11 +84,15 @@ def backbone(
     from nfflax.spec.load import load_spec
     from nfflax.spec.plan import plan
 
-    known, whole = load_spec(spec), None
-    if in_channels is not None:
+    if weights is None and spec is None:
+        raise ValueError("spec is missing: which network, or weights= that say it")
+    known = None if spec is None else load_spec(spec)
+    if known is not None and in_channels is not None:
         known = load_spec(known, {"stem.in_channels": in_channels})
+    whole = None
     if weights is not None:
-        whole = load(weights, spec=known, num_classes=0, in_channels=known.stem.in_channels)
+        channels = in_channels if known is None else known.stem.in_channels
+        whole = load(weights, spec=known, num_classes=0, in_channels=channels)
         known = whole.spec
     compiled = plan(known, output_stride=output_stride)
 

@@ -48,6 +48,16 @@ def test_a_network_as_it_is(published):
     assert nfflax.role_of(kernels[0]) == nfflax.role_of(kernels[1])
 
 
+def test_a_backbone_of_weights_that_say_their_network(published):
+    path, wanted = published
+    backbone = nfflax.backbone(weights=path, levels=[2], in_channels=1)
+    (info,) = backbone.feature_info
+    assert (info.channels, info.stride) == (wanted.feature_info[1].channels, 4)
+    assert backbone.spec.stem.in_channels == 1
+    kernel = wanted.stages[0].first.conv0.kernel
+    np.testing.assert_array_equal(backbone.stages[0].first.conv0.kernel[...], kernel[...])
+
+
 def test_for_other_classes_channels_and_images(published):
     path, wanted = published
     changes: dict[str, Any] = {"resolution.test": 96, "head.dropout": 0.5}

@@ -201,6 +201,7 @@ def test_a_cut_plan_counts_and_shows_what_it_has():
         ({"output_stride": 4}, "output_stride = 4"),
         ({"unroll": 0}, "unroll = 0"),
         ({"rngs": None}, "rngs is missing"),
+        ({"spec": None}, "spec is missing"),
         ({"spec": NORMED, "activated": True}, "activated = True: front normalises"),
     ],
 )
