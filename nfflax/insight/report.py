@@ -13,7 +13,7 @@ from nfflax.insight.report_chart import draw
 from nfflax.insight.report_curves import curves
 from nfflax.insight.report_html import Html, page, tag
 from nfflax.insight.report_record import Record, read_records
-from nfflax.insight.report_signals import charts, input_of, measured
+from nfflax.insight.report_signals import charts, measured
 from nfflax.insight.report_tables import (
     disagreements,
     evaluations,
@@ -24,6 +24,7 @@ from nfflax.insight.report_tables import (
     settings,
     state,
 )
+from nfflax.insight.spp import input_of
 from nfflax.spec.errors import Problem
 from nfflax.train.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from nfflax.insight.report_chart import COLORS, Across, Chart, Line, Marks, Ticks
 from nfflax.insight.report_record import Record
-from nfflax.insight.spp import signals
+from nfflax.insight.spp import input_of, signals
 from nfflax.nn.builder import build
 from nfflax.spec.errors import SpecError
 from nfflax.spec.plan import plan
@@ -24,10 +24,7 @@ from nfflax.spec.schema import Spec
 from nfflax.train.checkpoint import FOLDER as CHECKPOINTS
 from nfflax.train.inference import load_model
 
-_IMAGES = 8
-_MACS = 16e9  # multiply-adds of a measurement, at most: seconds on two CPU cores
 _MOST_PARAMS = 1_000_000_000  # twice those of NFNet-F7: 4 GB each for the start and the end
-_SMALLEST = 32  # pixels: below, the last maps have no inside left
 _CHARTS = {
     "avg_sq_mean": ("average squared mean", "Of each block's output: far below the variance, "
                     "or the channels have drifted."),
@@ -83,15 +80,6 @@ def charts(found: Sequence[Propagation]) -> Iterator[Chart]:
             for color, form in [_look(number, moved, position, len(found))]
         ]
         yield Chart(title, about, lines, across, is_log=True)
-
-
-def input_of(spec: Spec) -> tuple[int, int]:
-    """How many images a network is measured on, and how large: what takes seconds."""
-    size = spec.resolution.train
-    while size > _SMALLEST and plan(spec, resolution=size).macs() * 2 > _MACS:
-        size = max(_SMALLEST, size // 2)
-    cost = plan(spec, resolution=size).macs()
-    return int(min(_IMAGES, max(1, _MACS // max(cost, 1)))), size
 
 
 def _curves(model: Any, spec: Spec) -> dict[str, np.ndarray]:

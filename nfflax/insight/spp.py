@@ -9,6 +9,12 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from nfflax.nn.net import NFNet
+from nfflax.spec.plan import plan
+from nfflax.spec.schema import Spec
+
+_IMAGES = 8
+_MACS = 16e9  # multiply-adds of a measurement, at most: seconds on two CPU cores
+_SMALLEST = 32  # pixels: below, the last maps have no inside left
 
 
 def signals(model: NFNet, x_NHWC: ArrayLike) -> dict[str, jax.Array]:
@@ -27,3 +33,12 @@ def _signals(model: NFNet, x_NHWC: jax.Array) -> dict[str, jax.Array]:
     signals = model.trace(x_NHWC).signals
     assert signals is not None
     return signals
+
+
+def input_of(spec: Spec) -> tuple[int, int]:
+    """How many images a network is measured on, and how large they are: what takes seconds."""
+    size = spec.resolution.train
+    while size > _SMALLEST and plan(spec, resolution=size).macs() * 2 > _MACS:
+        size = max(_SMALLEST, size // 2)
+    cost = max(1, plan(spec, resolution=size).macs())
+    return int(min(_IMAGES, max(1, _MACS // cost))), size

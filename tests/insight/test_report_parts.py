@@ -7,7 +7,7 @@ import pytest
 
 from nfflax.insight.report_compare import run_departure, spec_departure
 from nfflax.insight.report_scale import fitted, number, thinned, tick_labels
-from nfflax.insight.report_signals import input_of
+from nfflax.insight.spp import input_of
 from nfflax.spec.load import load_run, load_spec
 from nfflax.spec.plan import plan
 
