@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "convert": "write trained weights in another form, for other programs",
+    "cost": "count what a network costs: parameters, multiply-adds, memory of training",
     "data": "look into a source of images, pack one, see and time what a run feeds",
     "eval": "evaluate a trained network on its own data or on others",
     "export": "write a trained network as a program that runs without nfflax",
+    "plan": "show what a run needs on a pod that is not here, and how long it would take",
     "predict": "show what a trained network sees in images",
     "report": "show what runs have come to, as one HTML page",
     "spec": "list, show, check and compare the specs of networks",
+    "spp": "measure how the signal passes through a network, and say what is wrong with it",
     "train": "train a network as a run file says, or show what that would do",
 }
 
