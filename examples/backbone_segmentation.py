@@ -7,7 +7,7 @@ Scenes of real handwritten digits, at random places and in random sizes, are tak
 of `nfflax.backbone` and a decoder that adds them up from the coarsest to the finest. Writes a
 picture of scenes, truth and answers. Needs the extras "demo" and "plot".
 
-Mean IoU 69.4% on 64 scenes of test digits after 400 steps, 147 CPU seconds once runs/digits is there
+Mean IoU 69.4% on 64 scenes of test digits after 400 steps, in 147 CPU seconds from runs/digits
 (2 shared CPU cores, 2026-11-21). docs/images/segmentation.png is that picture.
 """
 

@@ -84,16 +84,15 @@ def backbone(
     from nfflax.spec.load import load_spec
     from nfflax.spec.plan import plan
 
-    if weights is None and spec is None:
-        raise ValueError("spec is missing: which network, or weights= that say it")
-    known = None if spec is None else load_spec(spec)
+    known, whole = None if spec is None else load_spec(spec), None
     if known is not None and in_channels is not None:
         known = load_spec(known, {"stem.in_channels": in_channels})
-    whole = None
     if weights is not None:
         channels = in_channels if known is None else known.stem.in_channels
         whole = load(weights, spec=known, num_classes=0, in_channels=channels)
         known = whole.spec
+    if known is None:
+        raise ValueError("spec is missing: which network, or weights= that say it")
     compiled = plan(known, output_stride=output_stride)
 
     def make() -> Backbone:
