@@ -27,7 +27,7 @@ def show(run: "Run", *, as_json: bool) -> None:
     from nfflax.spec.plan import plan
     from nfflax.train.state import abstract_model, recipe_of
 
-    run = _timed(run)
+    run = timed(run)
     network = plan(run.spec, resolution=run.spec.resolution.train)
     model = abstract_model(run)
     recipe = recipe_of(run, model)
@@ -38,7 +38,7 @@ def show(run: "Run", *, as_json: bool) -> None:
         display(_page(run, network, recipe, state))
 
 
-def _timed(run: "Run") -> "Run":
+def timed(run: "Run") -> "Run":
     """The run, with the length of its epochs from its source where nothing else says it."""
     if not run.needs_examples:
         return run
