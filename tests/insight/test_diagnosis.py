@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 import nfflax
+import nfflax.nn.activations
 import nfflax.nn.wsconv
+import nfflax.spec.activations
 from nfflax.insight import Report, diagnose
 from nfflax.insight.spp import input_of
 
@@ -22,10 +24,23 @@ SMALL = {
 }
 NOISE = np.random.default_rng(0).standard_normal((4, 16, 16, 3), np.float32)
 
-nfflax.register_activation("mish_with_gamma_of_relu", jax.nn.mish, gamma=1.714)
-nfflax.register_activation("silu_20_percent_off", jax.nn.silu, gamma=1.788 * 1.2)
-nfflax.register_activation("constant", jnp.ones_like, gamma=1.0)
-nfflax.register_activation("root", jnp.sqrt, gamma=1.0)
+FAULTY = {
+    "mish_with_gamma_of_relu": (jax.nn.mish, 1.714),
+    "silu_20_percent_off": (jax.nn.silu, 1.788 * 1.2),
+    "constant": (jnp.ones_like, 1.0),
+    "root": (jnp.sqrt, 1.0),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def faulty_activations():
+    """Known here only: other tests go through all that there are."""
+    for name, (function, gamma) in FAULTY.items():
+        nfflax.register_activation(name, function, gamma)
+    yield
+    for name in FAULTY:
+        del nfflax.nn.activations._registry[name]
+        nfflax.spec.activations._names.discard(name)
 
 
 def network(changes: dict[str, Any]) -> nfflax.NFNet:
