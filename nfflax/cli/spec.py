@@ -132,7 +132,7 @@ def _diff(args: argparse.Namespace) -> None:
 
     networks = [plan(source) for source in (args.a, args.b)]
     a, b = map(_costs, networks)
-    keys_a, keys_b = (_dotted(network.spec.model_dump(mode="json")) for network in networks)
+    keys_a, keys_b = (network.spec.values_by_key() for network in networks)
     differences = {k: {"a": v, "b": keys_b[k]} for k, v in keys_a.items() if v != keys_b[k]}
     ratios = {key: b[key] / a[key] for key in ("params", "macs")}
     if args.json:
@@ -184,13 +184,3 @@ def _human(costs: dict[str, Any]) -> tuple[str, str]:
     from nfflax.spec.table import human
 
     return human(costs["params"]), human(costs["macs"], 2)
-
-
-def _dotted(spec: dict[str, Any]) -> dict[str, Any]:
-    """`table.key` and value for every key that shapes the network: all but name and summary."""
-    return {
-        f"{table}.{key}": value
-        for table, keys in spec.items()
-        if isinstance(keys, dict)
-        for key, value in keys.items()
-    }

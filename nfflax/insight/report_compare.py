@@ -1,10 +1,10 @@
 """Runs and networks key by key: against the shipped one that is nearest, and among each other."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nfflax.spec.base import Document
+from nfflax.spec.base import Document, by_key
 from nfflax.spec.load import load_run, load_spec
 from nfflax.spec.presets import list_specs, shipped
 from nfflax.spec.run import Run
@@ -48,8 +48,8 @@ def values_of(document: Document, *, whole: bool = False) -> dict[str, str]:
     data = document.model_dump(mode="json", exclude={"name", "summary"})
     if isinstance(document, Run) and not whole:
         data["model"] |= {"spec": document.spec.name}
-    found = dict(_walk(data, ""))
-    return {key: shown(value) for key, value in found.items() if not key.endswith(".summary")}
+    found = by_key(data).items()
+    return {key: shown(value) for key, value in found if not key.endswith(".summary")}
 
 
 def shown(value: Any) -> str:
@@ -75,11 +75,3 @@ def _differing(tables: Sequence[Mapping[str, str]]) -> list[Difference]:
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = (Difference(key, tuple(table.get(key, "") for table in tables)) for key in keys)
     return [row for row in rows if len(set(row.values)) > 1]
-
-
-def _walk(table: Mapping[str, Any], start: str) -> Iterable[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{start}{key}.")
-        else:
-            yield f"{start}{key}", value

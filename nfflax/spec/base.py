@@ -1,6 +1,6 @@
 """What all tables and files have in common: strictness, columns, units, a title, joint rules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,6 +14,19 @@ MAX_STAGES = 16  # entries of a column: far beyond any network
 def as_tuple(value: Any) -> Any:
     """A list as a tuple, which a frozen table can hold; anything else as it is."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def by_key(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of nested tables by dotted key."""
+
+    def walk(table: Mapping[str, Any], start: str) -> Iterator[tuple[str, Any]]:
+        for key, value in table.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{start}{key}.")
+            else:
+                yield f"{start}{key}", value
+
+    return dict(walk(tables, ""))
 
 
 class Table(BaseModel):
@@ -88,6 +101,10 @@ class Document(Title):
     """Folder of the shipped files that are complete."""
     bases: ClassVar[str] = ""
     """Folder of the shipped files that can only be extended."""
+
+    def values_by_key(self) -> dict[str, Any]:
+        """All that it says, by dotted key and as JSON has it, but what it is called."""
+        return by_key(self.model_dump(mode="json", exclude={"name", "summary"}))
 
     @classmethod
     def problems_between(cls, tables: Mapping[str, Any]) -> "list[Finding]":

@@ -34,7 +34,7 @@ from nfflax.train.placing import on_mesh, set_arrays
 from nfflax.weights.adapt import CHANNELS, CLASSES, Values, adapted_spec, with_channels
 from nfflax.weights.errors import WeightsError
 from nfflax.weights.foreign import Foreign, abstract_network, is_hub_folder, read_foreign
-from nfflax.weights.meaning import OF_CHANNELS, by_key, differing
+from nfflax.weights.meaning import OF_CHANNELS, differing
 from nfflax.weights.places import Fetched
 from nfflax.weights.published import imagenet_classes, published
 
@@ -164,7 +164,7 @@ def require_same(
     others = differing(found.spec, spec, same_classes=same_classes)
     if not others:
         return
-    theirs, ours = by_key(found.spec), by_key(spec)
+    theirs, ours = found.spec.values_by_key(), spec.values_by_key()
     problems = [
         origin.problem(key, f"is {_shown(theirs[key])} in {found.path}", ours[key])
         for key in others

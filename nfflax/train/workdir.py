@@ -10,11 +10,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nfflax import __version__
+from nfflax.spec.base import by_key
 from nfflax.spec.errors import NOT_GIVEN, Problem, SpecError
 from nfflax.spec.load import load_run
 from nfflax.spec.run import Run
@@ -139,15 +140,7 @@ def _compare(workdir: Path, run: Run) -> None:
 
 def _flat(run: Run) -> dict[str, Any]:
     """What a run says, by dotted key, without the tables that a resumed run is free to change."""
-
-    def walk(table: Mapping[str, Any], start: str) -> Iterator[tuple[str, Any]]:
-        for key, value in table.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{start}{key}.")
-            else:
-                yield f"{start}{key}", value
-
-    return dict(walk(run.model_dump(mode="json", exclude=set(_FREE_TABLES)), ""))
+    return by_key(run.model_dump(mode="json", exclude=set(_FREE_TABLES)))
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

@@ -1,7 +1,6 @@
 """What weights mean: the keys of a spec in which the same numbers make another network."""
 
 import re
-from typing import Any
 
 from nfflax.spec.schema import Spec
 from nfflax.weights.adapt import CHANNELS, CLASSES
@@ -21,19 +20,9 @@ def differing(theirs: Spec, ours: Spec, *, same_classes: bool = False) -> list[s
 
     Classes and channels, in which weights can be adapted, count only with `same_classes`.
     """
-    before, now = by_key(theirs), by_key(ours)
+    before, now = theirs.values_by_key(), ours.values_by_key()
     free = set() if same_classes else {CLASSES, CHANNELS}
     if not same_classes and before[CHANNELS] != now[CHANNELS]:
         free |= set(OF_CHANNELS)
     keys = [key for key, value in now.items() if before[key] != value and key not in free]
     return [key for key in keys if not _FREE.fullmatch(key)]
-
-
-def by_key(spec: Spec) -> dict[str, Any]:
-    """All values of a spec by dotted key, but what it is called."""
-    return {
-        f"{table}.{key}": value
-        for table, values in spec.model_dump(mode="json").items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }
