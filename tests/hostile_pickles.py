@@ -5,14 +5,34 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 import nfflax
+from nfflax.weights.errors import WeightsError
+
+Reader = Callable[[Path], Any]
 
 NOTHING_RAN = "nothing in the file was executed"
+
+
+def read_as(reader: Reader, path: Path, content: bytes) -> Any:
+    """What a reader makes of a file with this content."""
+    path.unlink(missing_ok=True)  # some file systems wait for the disk to overwrite
+    path.write_bytes(content)
+    return reader(path)
+
+
+def refusal_of(reader: Reader, path: Path, content: bytes) -> str:
+    """What a reader says as it refuses a file with this content; its error names the file."""
+    with pytest.raises(WeightsError) as caught:
+        read_as(reader, path, content)
+    assert caught.value.source == str(path)
+    return str(caught.value)
 
 
 def text(value: str) -> bytes:

@@ -17,12 +17,13 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hostile_pickles import mutated
+from hostile_pickles import mutated, read_as, refusal_of
 from hypothesis import given, settings
 
 from nfflax.weights.errors import WeightsError
@@ -43,24 +44,12 @@ TREE = {
 
 @pytest.fixture
 def read(tmp_path):
-    def read_bytes(content: bytes):
-        path = tmp_path / "F0_haiku.npz"
-        path.unlink(missing_ok=True)  # some file systems wait for the disk to overwrite
-        path.write_bytes(content)
-        return read_haiku_pickle(path)
-
-    return read_bytes
+    return partial(read_as, read_haiku_pickle, tmp_path / "F0_haiku.npz")
 
 
 @pytest.fixture
-def refuse(read):
-    def refused(content: bytes) -> str:
-        with pytest.raises(WeightsError) as caught:
-            read(content)
-        assert caught.value.source.endswith("F0_haiku.npz")
-        return str(caught.value)
-
-    return refused
+def refuse(tmp_path):
+    return partial(refusal_of, read_haiku_pickle, tmp_path / "F0_haiku.npz")
 
 
 def assert_same(tree, expected):

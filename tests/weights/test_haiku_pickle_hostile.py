@@ -6,6 +6,7 @@ import pickle
 import struct
 import tracemalloc
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,25 +18,16 @@ from hostile_pickles import (
     nested,
     program,
     read_elsewhere,
+    refusal_of,
     text,
 )
 
-from nfflax.weights.errors import WeightsError
 from nfflax.weights.haiku_pickle import read_haiku_pickle
 
 
 @pytest.fixture
 def refuse(tmp_path):
-    def refused(content: bytes) -> str:
-        path = tmp_path / "F0_haiku.npz"
-        path.unlink(missing_ok=True)  # some file systems wait for the disk to overwrite
-        path.write_bytes(content)
-        with pytest.raises(WeightsError) as caught:
-            read_haiku_pickle(path)
-        assert caught.value.source.endswith("F0_haiku.npz")
-        return str(caught.value)
-
-    return refused
+    return partial(refusal_of, read_haiku_pickle, tmp_path / "F0_haiku.npz")
 
 
 class Calls:

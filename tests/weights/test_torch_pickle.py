@@ -11,12 +11,13 @@ import struct
 import tarfile
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hostile_pickles import NOTHING_RAN, mutated, program, text
+from hostile_pickles import NOTHING_RAN, mutated, program, read_as, refusal_of, text
 from hypothesis import given, settings
 
 from nfflax.weights.errors import WeightsError
@@ -29,24 +30,12 @@ SHAPES = json.loads((FILES / "shapes.json").read_text())
 
 @pytest.fixture
 def read(tmp_path):
-    def read_bytes(content: bytes):
-        path = tmp_path / "weights.pth"
-        path.unlink(missing_ok=True)  # some file systems wait for the disk to overwrite
-        path.write_bytes(content)
-        return read_torch_pickle(path)
-
-    return read_bytes
+    return partial(read_as, read_torch_pickle, tmp_path / "weights.pth")
 
 
 @pytest.fixture
-def refuse(read):
-    def refused(content: bytes) -> str:
-        with pytest.raises(WeightsError) as caught:
-            read(content)
-        assert caught.value.source.endswith("weights.pth")
-        return str(caught.value)
-
-    return refused
+def refuse(tmp_path):
+    return partial(refusal_of, read_torch_pickle, tmp_path / "weights.pth")
 
 
 def written(saved: bytes, **records: bytes) -> bytes:

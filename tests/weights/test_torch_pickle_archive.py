@@ -4,11 +4,11 @@ import stat
 import struct
 import tracemalloc
 import zipfile
+from functools import partial
 
 import pytest
-from hostile_pickles import program, written
+from hostile_pickles import program, refusal_of, written
 
-from nfflax.weights.errors import WeightsError
 from nfflax.weights.torch_pickle import read_torch_pickle
 
 SAVED = program(b"}")
@@ -16,15 +16,7 @@ SAVED = program(b"}")
 
 @pytest.fixture
 def refuse(tmp_path):
-    def refused(content: bytes) -> str:
-        path = tmp_path / "weights.pth"
-        path.unlink(missing_ok=True)  # some file systems wait for the disk to overwrite
-        path.write_bytes(content)
-        with pytest.raises(WeightsError) as caught:
-            read_torch_pickle(path)
-        return str(caught.value)
-
-    return refused
+    return partial(refusal_of, read_torch_pickle, tmp_path / "weights.pth")
 
 
 def link() -> zipfile.ZipInfo:

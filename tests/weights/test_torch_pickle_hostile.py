@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import tracemalloc
+from functools import partial
 
 import pytest
 from hostile_pickles import (
@@ -15,11 +16,11 @@ from hostile_pickles import (
     nested,
     program,
     read_elsewhere,
+    refusal_of,
     text,
     written,
 )
 
-from nfflax.weights.errors import WeightsError
 from nfflax.weights.torch_pickle import read_torch_pickle
 
 DAMAGED = "incomplete or damaged"
@@ -27,15 +28,7 @@ DAMAGED = "incomplete or damaged"
 
 @pytest.fixture
 def refuse(tmp_path):
-    def refused(content: bytes) -> str:
-        path = tmp_path / "weights.pth"
-        path.unlink(missing_ok=True)  # some file systems wait for the disk to overwrite
-        path.write_bytes(content)
-        with pytest.raises(WeightsError) as caught:
-            read_torch_pickle(path)
-        return str(caught.value)
-
-    return refused
+    return partial(refusal_of, read_torch_pickle, tmp_path / "weights.pth")
 
 
 def number(value: int) -> bytes:
