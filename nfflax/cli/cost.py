@@ -104,7 +104,7 @@ def _cost(args: argparse.Namespace) -> None:
     here = []
     if compiled:
         on_cpu = compiled[0].platform == "cpu"
-        here = [cost(trained, remat=c.remat, recomputes_early=on_cpu, **how).peak for c in costs]
+        here = [cost(trained, remat=c.remat, on_cpu=on_cpu, **how).peak for c in costs]
     forward = inference_bytes(tested, **how)
     pairs = list(zip([*here, forward], compiled, strict=True)) if compiled else []
     if args.json:

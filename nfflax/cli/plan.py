@@ -6,21 +6,21 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nfflax.cli import Parser, add_overrides, display, print_json
-from nfflax.cli.data_parts import positive, status
+from nfflax.cli.data_parts import status
 from nfflax.spec.errors import Problem
 from nfflax.spec.presets import shipped
 
 if TYPE_CHECKING:
     from nfflax.insight.chips import Pod
     from nfflax.insight.rehearsal import Rehearsal
-    from nfflax.insight.search import Candidate
     from nfflax.spec.run import Run
 
 _EXAMPLES = """examples:
   nfflax plan nfnet --devices cpu:8 --set mesh.fsdp=4 --set train.batch_size=64
   nfflax plan nfnet --topology v5e:4x4 --set train.batch_size=512
   nfflax plan nfnet_f6 --topology v5p:8x8x16 --on-paper
-  nfflax plan nfnet_f6 --topology v5e:16x16 --search --compile 2
+  nfflax plan nfnet_f6 --topology v5e:16x16 --search
+  nfflax plan nfnet --topology h100:64 --search --on-paper
 
 pods:
   v4, v5p   3 dimensions, e.g. v5p:4x4x8
@@ -57,14 +57,9 @@ def add_arguments(parser: Parser) -> None:
         help="compile as a run on the pod does: several times slower, memory more exact",
     )
     parser.add_argument(
-        "--search", action="store_true", help="rank meshes, remat and microbatches on paper"
-    )
-    parser.add_argument(
-        "--compile",
-        type=positive,
-        default=0,
-        metavar="N",
-        help="with --search: compile the best N too",
+        "--search",
+        action="store_true",
+        help="rank meshes, remat and microbatches, then compile from the best on until one fits",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
@@ -86,10 +81,6 @@ def _plan(args: argparse.Namespace) -> int:
         if is_given and args.devices:
             message = "needs a pod: CPU devices have no published rates"
             raise PodError([Problem("plan", option, message, allowed="with --topology")])
-    if args.compile and (not args.search or args.on_paper):
-        message = "is how many of the ways found by a search are compiled"
-        allowed = "with --search, without --on-paper"
-        raise PodError([Problem("plan", "--compile", message, args.compile, allowed)])
     if args.devices:
         return _one(run, None, _rehearsed(run, args.devices, args), args)
     place = pod(args.topology)
@@ -140,30 +131,34 @@ def _one(
 
 
 def _search(run: "Run", place: "Pod", args: argparse.Namespace) -> int:
-    """Show the best ways that were found, and compile as many as asked."""
+    """Show the best ways that were found, and what the compiler says of the first that fits."""
     from nfflax.cli.plan_page import estimate_data, ranking
-    from nfflax.insight.search import search
+    from nfflax.insight.rehearsal import check_compiler
+    from nfflax.insight.search import checked, search
 
+    if not args.on_paper:
+        check_compiler(place)  # what is missing is said at once
     found = search(run, place)
     if not found:
         from nfflax.insight.chips import PodError
 
         message = f"no batch of {run.train.batch_size:,} images divides among {place.count} chips"
         raise PodError([Problem(f"run {run.name}", "train.batch_size", message)])
-    compiled = [_rehearsed(each.run, place, args) for each in found[: args.compile]]
+    compiled: dict[int, Rehearsal] = {}
+    if not args.on_paper:
+        tried = checked(found, lambda way: _rehearsed(way, place, args))
+        compiled = {found.index(way): rehearsal for way, rehearsal in tried}
     if args.json:
-        data = [_candidate_data(each, estimate_data(each.estimate, each.run)) for each in found]
-        for each, rehearsal in zip(data, compiled, strict=False):
-            each["compiled"] = _compiled_data(rehearsal)
+        data = [
+            {"settings": way.settings, "estimated": estimate_data(way.estimate, way.run)}
+            | ({"compiled": _compiled_data(compiled[i])} if i in compiled else {})
+            for i, way in enumerate(found)
+        ]
         print_json({"run": run.name, "pod": place.name, "ways": data})
     else:
         display(ranking(run, place, found, compiled))
-    fits = any(each.fits for each in compiled) if compiled else found[0].estimate.fits
-    return 0 if fits else 1
-
-
-def _candidate_data(candidate: "Candidate", estimated: dict[str, Any]) -> dict[str, Any]:
-    return {"settings": candidate.settings, "estimated": estimated}
+    fits = [rehearsal.fits for rehearsal in compiled.values()]
+    return 0 if any(fits) or (args.on_paper and found[0].estimate.fits) else 1
 
 
 def _compiled_data(rehearsal: "Rehearsal") -> dict[str, Any]:

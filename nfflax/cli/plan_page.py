@@ -8,7 +8,7 @@ from nfflax.cli import new_table
 from nfflax.spec.table import human
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
 
@@ -162,9 +162,9 @@ def ranking(
     run: "Run",
     pod: "Pod",
     found: "Sequence[Candidate]",
-    compiled: "Sequence[Rehearsal]",
+    compiled: "Mapping[int, Rehearsal]",
 ) -> "RenderableType":
-    """The best ways of a search."""
+    """The best ways of a search, and what the compiler says of some, by their place in `found`."""
     from rich.console import Group
     from rich.text import Text
 
@@ -178,25 +178,29 @@ def ranking(
         table.add_column(header, justify="right")
     if compiled:
         table.add_column("compiled", justify="right", style="green")
-    for place, each in enumerate(found[:_SHOWN]):
-        estimated = each.estimate
-        cells = [str(value) for value in each.settings.values()]
+    for place in sorted({*range(len(found))[:_SHOWN], *compiled}):
+        estimated = found[place].estimate
+        cells = [str(value) for value in found[place].settings.values()]
         cells += [_ms(estimated.expected), _ms(estimated.exchange)]
         cells += [f"{estimated.utilization:.0%}", f"{human(estimated.memory)}B"]
-        if place < len(compiled):
-            found_out = compiled[place]
-            verdict = "fits" if found_out.fits else "does not fit"
-            cells.append(f"{human(found_out.memory)}B, {verdict}")
+        if place in compiled:
+            verdict = "fits" if compiled[place].fits else "does not fit"
+            cells.append(f"{human(compiled[place].memory)}B, {verdict}")
         table.add_row(*cells)
-    refused = [found[place] for place, each in enumerate(compiled) if not each.fits]
-    best = next((each for each in found if each not in refused), found[0])
-    settings = " ".join(f"--set {key}={value}" for key, value in best.settings.items())
     legend = (
         f"{order}; of equals the simplest first. Estimated from published rates, not measured; "
         f"memory is counted, of {human(pod.chip.usable)}B on a chip."
     )
-    advice = ["", f"next: nfflax plan {run.name} --topology {pod.name} {settings}"] * fits
-    return Group(title, "", table, "", legend, *advice)
+    best = next((place for place, each in compiled.items() if each.fits), 0)
+    if not fits:
+        return Group(title, "", table, "", legend)
+    if compiled and not compiled[best].fits:
+        refused = "no way is left: all that were compiled need more, and others count no less."
+        return Group(title, "", table, "", legend, "", refused)
+    settings = " ".join(f"--set {key}={value}" for key, value in found[best].settings.items())
+    command = f"nfflax plan {run.name} --topology {pod.name} {settings}"
+    state = "checked by the compiler" if compiled else "on paper, not checked by the compiler"
+    return Group(title, "", table, "", legend, "", f"{state}: {command}")
 
 
 def _ms(seconds: float) -> str:

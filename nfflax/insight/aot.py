@@ -88,12 +88,25 @@ def _compiled(function: Any, arguments: tuple[Any, ...], mesh: jax.sharding.Mesh
     begun = time.monotonic()
     with jax.set_mesh(mesh):
         program = function.lower(*arguments).compile()
-    sizes = program.memory_analysis()
+    sizes, platform = program.memory_analysis(), mesh.devices.flat[0].platform
     return Compiled(
-        platform=mesh.devices.flat[0].platform,
+        platform=platform,
         arguments=sizes.argument_size_in_bytes,
         outputs=sizes.output_size_in_bytes,
         aliased=sizes.alias_size_in_bytes,
-        temporary=sizes.temp_size_in_bytes,
+        temporary=temporary_bytes(sizes, platform),
         seconds=time.monotonic() - begun,
     )
+
+
+def temporary_bytes(sizes: Any, platform: str) -> int:
+    """The most that lives at once besides arguments and outputs, of a program's memory analysis.
+
+    What libtpu calls temporary has some arguments in it once more, and some of the chip's own
+    memory. Its peak does not: it is within 2% of what the compiler's memory report adds up to
+    (libtpu 0.0.42.1 and 0.0.50.1, `xla_dump_to`). On CPUs the peak leaves out the temporaries.
+    """
+    if platform != "tpu":
+        return sizes.temp_size_in_bytes
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return max(0, sizes.peak_memory_in_bytes - sizes.argument_size_in_bytes - outputs)

@@ -179,7 +179,7 @@ def _group(rest: str, devices: int) -> int:
     """How many devices exchange with each other: HLO has four ways to say so."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
         return 2 if pairs[1] else 1
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):

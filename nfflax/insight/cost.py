@@ -92,13 +92,13 @@ def cost(
     resolution: int | None = None,
     dtype: Dtype = "float32",
     remat: Remat = "none",
-    recomputes_early: bool = False,
+    on_cpu: bool = False,
 ) -> Cost:
     """The cost of a train step with `batch` images on one device.
 
     `resolution` is the spec's train resolution unless given; a ready Plan brings its own.
-    `recomputes_early` counts as XLA's CPU compiler schedules: it recomputes all transition blocks
-    before it needs the first, so that remat saves nothing of theirs.
+    `on_cpu` counts as XLA compiles for CPUs, which keeps more outside loops: it recomputes all
+    transition blocks before it needs the first, so that remat saves nothing of theirs.
     """
     if isinstance(spec, Plan):
         network = spec
@@ -106,7 +106,7 @@ def cost(
         network = plan(spec)
         size = resolution or network.spec.resolution.train
         network = plan(network.spec, resolution=size)
-    counter = Counter(network, batch, dtype, remat, recomputes_early)
+    counter = Counter(network, batch, dtype, remat, on_cpu)
     return Cost(network, batch, dtype, remat, tuple(counter.segments()))
 
 

@@ -51,7 +51,7 @@ class Rehearsal:
     state: dict[str, int]
     """Bytes of the parts of the training state: "params", "ema", "stats", "opt"."""
     fits: bool
-    """Whether it has room in a chip's memory; True on CPUs, which share theirs."""
+    """Whether the compiler finds room in a chip's memory; True on CPUs, which share theirs."""
     memory: int
     """What it needs: arguments, outputs in places of their own, what lives between, the program.
     Where the compiler finds no room, what it names: sometimes only part of that."""
@@ -85,7 +85,7 @@ def rehearse(run: Run, place: Pod | int, *, optimize: bool = False) -> Rehearsal
     """
     env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false")
     if isinstance(place, Pod):
-        _check(place)
+        check_compiler(place)
         env |= _TPU
     else:
         flags = "" if optimize else _CPU
@@ -112,13 +112,11 @@ def rehearse(run: Run, place: Pod | int, *, optimize: bool = False) -> Rehearsal
     found = Rehearsal(**answer, exchanges=exchanges)
     if not isinstance(place, Pod) or not found.fits:
         return found
-    # The compiler places what lives between, and trusts that all else has room beside it.
-    there = place.chip.usable
-    return dataclasses.replace(found, capacity=there, fits=found.memory <= there)
+    return dataclasses.replace(found, capacity=place.chip.usable)
 
 
-def _check(pod: Pod) -> None:
-    """That there is a compiler for a pod."""
+def check_compiler(pod: Pod) -> None:
+    """That there is a compiler for a pod; raises PodError."""
     if not pod.chip.is_tpu:
         message = "there is no compiler for this chip without the chip"
         allowed = "TPUs; others on paper (--on-paper)"
@@ -136,7 +134,7 @@ def compile_for(run: Run, devices: list[Any], *, optimize: bool) -> Rehearsal:
     """Compile a run's train step for devices, real ones or described, in this process."""
     import jax
 
-    from nfflax.insight.aot import abstract_batch
+    from nfflax.insight.aot import abstract_batch, temporary_bytes
     from nfflax.train.layout import layout
     from nfflax.train.mesh import make_mesh
     from nfflax.train.program import make_program
@@ -164,7 +162,8 @@ def compile_for(run: Run, devices: list[Any], *, optimize: bool) -> Rehearsal:
             return Rehearsal(**known, fits=False, seconds=time.monotonic() - begun)
     sizes, costs = compiled.memory_analysis(), compiled.cost_analysis()
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    parts = sizes.argument_size_in_bytes, outputs, sizes.temp_size_in_bytes
+    temporary = temporary_bytes(sizes, devices[0].platform)
+    parts = sizes.argument_size_in_bytes, outputs, temporary
     return Rehearsal(
         **known,
         fits=True,

@@ -1,21 +1,23 @@
-"""The best ways to spread a run over a pod: every mesh, remat policy and microbatch, on paper."""
+"""The best ways to spread a run over a pod: every mesh, remat policy and microbatch, on paper.
+
+Memory on paper is a count, which the compiler then has the last word on: see `checked`.
+"""
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nfflax.insight.chips import Pod, PodError
 from nfflax.insight.estimate import Estimate, estimate
+from nfflax.insight.rehearsal import Rehearsal
 from nfflax.spec.errors import NOT_GIVEN, Problem
 from nfflax.spec.plan import plan
 from nfflax.spec.run import Run
 
 _REMATS = ("none", "conv", "block")  # the one that changes least first
-# Over 16 chips XLA gathers kernels; over all 256 of a pod it gathered maps instead: NFNet-F6's step
-# then took 279 GB on each (compiled for v5e:16x16, docs/scaling.md).
-_MOST_FSDP = 16
+_MOST_FSDP = 16  # a chip's share is small by then (NFNet-F6: 0.3 GB), and gathers stay in a row
 _MOST_TENSOR = 16  # more devices for one block than any network here has groups to share out
 _MOST_MICROBATCHES = 64
 
@@ -50,6 +52,24 @@ def search(run: Run, pod: Pod) -> list[Candidate]:
     if not fitting:
         return sorted(found, key=lambda each: each.estimate.memory)
     return sorted(fitting, key=lambda each: (each.estimate.expected, *_complexity(each.run)))
+
+
+def checked(
+    ways: Sequence[Candidate], compile: Callable[[Run], Rehearsal]
+) -> Iterator[tuple[Candidate, Rehearsal]]:
+    """Compile ways from the first on, until one fits; all that were compiled, in that order.
+
+    After one that does not fit, counts are taken to be off as much as that one's was.
+    """
+    error = 1.0
+    for way in ways:
+        if way.estimate.memory * error > way.estimate.pod.chip.usable:
+            continue
+        found = compile(way.run)
+        yield way, found
+        if found.fits:
+            return
+        error = max(error, found.memory / way.estimate.memory)
 
 
 def mesh_on(run: Run, pod: Pod) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 A segment is the stem, a stage's transition block, the stack of a stage's equal blocks, or the head.
 Stacks run as loops, and what a loop keeps is exactly what automatic differentiation asks for.
-Outside loops the compiler computes cheap pieces again. docs/cost.md has the comparison with
-compiled programs that these rules come from.
+Outside loops, where a stack of one block is too, the compiler computes cheap pieces again.
+docs/cost.md has the comparison with compiled programs that these rules come from.
 """
 
 import functools
@@ -18,9 +18,11 @@ Remat = Literal["none", "block", "conv"]
 Dtype = Literal["float32", "bfloat16"]
 
 FLOAT32 = 4  # bytes of parameters, gradients and statistics in any case
-# Maps that a GELU leaves outside loops in compiled programs, where tracing finds four or five: its
-# input, the hyperbolic tangent and one product of them. XLA computes the rest where it is used.
-_FUSED_MAPS = 3
+# Maps that a GELU leaves outside loops in compiled programs, where tracing finds four or five. For
+# TPUs that is its input: XLA computes all else as part of the convolution that uses it. For CPUs it
+# keeps the hyperbolic tangent and one product, too.
+_FUSED_MAPS = 1
+_FUSED_MAPS_ON_CPU = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Counter:
     batch: int
     dtype: Dtype
     remat: Remat
-    recomputes_early: bool
+    on_cpu: bool
 
     @property
     def item(self) -> int:
@@ -94,9 +96,9 @@ class Counter:
         if self.plan.spec.stem.pool == "max":
             size = strided(size, 2)
         for stage in self.plan.stages():
-            for blocks, is_stack in ((stage[:1], False), (stage[1:], True)):
+            for first, blocks in ((0, stage[:1]), (1, stage[1:])):
                 if blocks:
-                    yield self._blocks(blocks, size, is_stack=is_stack)
+                    yield self._blocks(blocks, first, size)
                     size = blocks[-1].resolution
         yield self._head(size)
 
@@ -114,13 +116,11 @@ class Counter:
         working = 2 * self.batch * largest * self.item
         return Segment("stem", None, *_totals(convs), kept_bytes, working, 0.0)
 
-    def _blocks(
-        self, blocks: tuple[BlockPlan, ...], size: tuple[int, int], *, is_stack: bool
-    ) -> Segment:
-        """Equal blocks; a transition block is a stack of one outside a loop."""
+    def _blocks(self, blocks: tuple[BlockPlan, ...], first: int, size: tuple[int, int]) -> Segment:
+        """Equal blocks, of which `first` is the place in their stage; more than one are a loop."""
         block, count = blocks[0], len(blocks)
-        shape = Shape.of(block, size)
-        maps = self.batch * self._all_maps(block, shape, in_loop=is_stack)
+        shape, in_loop = Shape.of(block, size), count > 1
+        maps = self.batch * self._all_maps(block, shape, in_loop=in_loop)
         kernels = self._block_kernels(block)
         kept = maps + kernels
         working = 2 * self.batch * max(shape.inputs, shape.outputs, shape.wide_mid) * self.item
@@ -129,11 +129,11 @@ class Counter:
             left = self.batch * self._left_maps(block, shape)
             # The convolutions' outputs are there under "conv": only what is cheap is done again.
             recomputed = sum(b.macs for b in blocks) if self.remat == "block" else 0.0
-            if is_stack or not self.recomputes_early:
+            if first or not self.on_cpu:
                 working += kept - left
                 kept = left
-        first, last = ("1", str(count)) if is_stack else ("0", "0")
-        name = f"stage {block.stage}.{first if first == last else f'{first}-{last}'}"
+        places = f"{first}-{first + count - 1}" if in_loop else str(first)
+        name = f"stage {block.stage}.{places}"
         params, macs = _totals(blocks)
         return Segment(name, block.stage, params, macs, count * kept, working, recomputed)
 
@@ -177,7 +177,8 @@ class Counter:
     def _activation(self, *, in_loop: bool) -> float:
         """Bytes per number that an activation leaves, with the norm it may begin with."""
         traced = activation_bytes(self.plan, self.dtype)
-        return traced if in_loop else min(traced, _FUSED_MAPS * self.item)
+        fused = _FUSED_MAPS_ON_CPU if self.on_cpu else _FUSED_MAPS
+        return traced if in_loop else min(traced, fused * self.item)
 
     def _kernels(self, weights: float) -> float:
         """Standardisation leaves the centred kernel in float32 and the result in compute type."""

@@ -61,7 +61,7 @@ def compiler(monkeypatch):
 def test_a_check_compares_and_says_why_it_differs(run, compiler):
     line = ("cost", "nfnet_micro", "--check", "--remat", "block")
     how = {"batch": 32, "dtype": "bfloat16"}
-    step = round(cost("nfnet_micro", remat="block", recomputes_early=True, **how).peak)
+    step = round(cost("nfnet_micro", remat="block", on_cpu=True, **how).peak)
     forward = round(inference_bytes(plan("nfnet_micro"), **how))
     compiler += [step, forward]
     close = run(*line).out

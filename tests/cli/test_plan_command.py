@@ -30,9 +30,9 @@ def tiny(write):
 
 
 @pytest.fixture
-def rehearsed(monkeypatch):
-    """Stands in for compilers: says what one would, of what it was asked."""
-    asked = []
+def rehearsed(monkeypatch, request):
+    """Stands in for compilers: refuses as many steps as its parameter says, then finds room."""
+    asked, refused = [], getattr(request, "param", 0)
 
     def answer(run, place, *, optimize=False):
         asked.append((run, place, optimize))
@@ -41,8 +41,8 @@ def rehearsed(monkeypatch):
             devices=16,
             mesh={"data": 16, "fsdp": 1, "tensor": 1, "spatial": 1},
             state=state,
-            fits=len(asked) == 1,
-            memory=4 * 10**9,
+            fits=len(asked) > refused,
+            memory=4 * 10**9 if len(asked) > refused else 20 * 10**9,
             capacity=17 * 10**9,
             seconds=1.0,
             optimized=optimize,
@@ -51,6 +51,7 @@ def rehearsed(monkeypatch):
         )
 
     monkeypatch.setattr(rehearsal, "rehearse", answer)
+    monkeypatch.setattr(rehearsal, "check_compiler", lambda pod: None)
     return asked
 
 
@@ -84,17 +85,47 @@ def test_a_compiled_step_is_shown_with_its_estimate(run, rehearsed):
     assert "to expect" in ran.out
 
 
-def test_a_search_compiles_the_best_as_many_as_asked(run, rehearsed):
-    words = ("plan", "nfnet_f6", "--topology", "v5e:16x16", "--search", "--compile", "2")
-    ran = run(*words)
+SEARCH = ("plan", "nfnet_f6", "--topology", "v5e:16x16", "--search")
+
+
+@pytest.mark.parametrize("rehearsed", [1], indirect=True)
+def test_a_search_compiles_until_one_fits_and_recommends_that_one(run, rehearsed):
+    ran = run(*SEARCH)
     assert ran.code == 0
-    assert len(rehearsed) == 2
-    assert ran.out.count("4.0GB, fits") == ran.out.count("4.0GB, does not fit") == 1
-    assert "next: nfflax plan nfnet_f6 --topology v5e:16x16 --set mesh.fsdp=" in ran.out
-    ways = json.loads(run(*words, "--json").out)["ways"]
-    assert [("compiled" in way) for way in ways[:3]] == [True, True, False]
-    tried = [each.mesh.fsdp for each, _, _ in rehearsed[2:]]
-    assert tried == [way["settings"]["mesh.fsdp"] for way in ways[:2]]
+    assert ran.out.count("20.0GB, does not fit") == ran.out.count("4.0GB, fits") == 1
+    refused, fitting = (asked for asked, _, _ in rehearsed)
+    assert refused.model_dump() != fitting.model_dump()
+    said = ran.out.split("checked by the compiler: ")[1].replace("\n", " ").split()
+    for key, value in {
+        "mesh.fsdp": fitting.mesh.fsdp,
+        "model.remat": fitting.model.remat,
+        "train.accumulate": fitting.train.accumulate,
+    }.items():
+        assert f"{key}={value}" in said
+
+
+@pytest.mark.parametrize("rehearsed", [0], indirect=True)
+def test_a_search_says_in_json_what_was_compiled(run, rehearsed):
+    ran = run(*SEARCH, "--json")
+    assert (ran.code, len(rehearsed)) == (0, 1)
+    first, *others = json.loads(ran.out)["ways"]
+    assert first["compiled"]["fits"]
+    assert first["settings"]["mesh.fsdp"] == rehearsed[0][0].mesh.fsdp
+    assert not any("compiled" in way for way in others)
+
+
+@pytest.mark.parametrize("rehearsed", [1000], indirect=True)
+def test_a_search_in_which_the_compiler_refuses_all_ends_with_1(run, rehearsed):
+    ran = run(*SEARCH)
+    assert ran.code == 1
+    assert "no way is left" in ran.out
+    assert 1 < len(rehearsed) < 20  # those that count no less are not tried
+
+
+def test_a_search_on_paper_compiles_nothing(run, rehearsed):
+    ran = run("plan", "nfnet", "--topology", "h100:64", "--search", "--on-paper")
+    assert (ran.code, rehearsed) == (0, [])
+    assert "on paper, not checked by the compiler: nfflax plan nfnet --topology h100:64" in ran.out
 
 
 @pytest.mark.parametrize(
@@ -104,7 +135,7 @@ def test_a_search_compiles_the_best_as_many_as_asked(run, rehearsed):
         (["--topology", "h100:8"], "there is no compiler for this chip without the chip"),
         (["--topology", "v5e:4x4", "--set", "mesh.fsdp=3"], "does not make the 16 chips"),
         (["--devices", "cpu:8", "--search"], "needs a pod"),
-        (["--topology", "v5e:4x4", "--compile", "2"], "with --search"),
+        (["--topology", "h100:64", "--search"], "others on paper (--on-paper)"),
         (["--devices", "gpu:8"], "'gpu:8' is not cpu:N"),
         ([], "one of the arguments --topology --devices is required"),
     ],
@@ -117,9 +148,10 @@ def test_what_cannot_be_planned_ends_with_2(run, words, said):
 
 def test_without_libtpu_it_says_what_to_install(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    ran = run("plan", "nfnet", "--topology", "v5e:4x4")
-    assert ran.code == 2
-    assert "pip install nfflax[tpu]" in ran.err
+    for words in ([], ["--search"]):
+        ran = run("plan", "nfnet", "--topology", "v5e:4x4", *words)
+        assert ran.code == 2
+        assert "pip install nfflax[tpu]" in ran.err
 
 
 @pytest.mark.slow

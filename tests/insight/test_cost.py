@@ -44,7 +44,7 @@ def convolved(x, w, *, stride=1, padding="same", dilation=1, groups=1):
 def test_a_train_step_is_counted_within_a_fifth_of_what_was_compiled(
     name, batch, side, remat, compiled
 ):
-    counted = cost(name, batch=batch, resolution=side, remat=remat, recomputes_early=True)
+    counted = cost(name, batch=batch, resolution=side, remat=remat, on_cpu=True)
     assert counted.peak == pytest.approx(compiled, rel=0.2)
 
 
@@ -82,7 +82,7 @@ def test_a_stack_keeps_what_differentiation_asks_for(name, remat, monkeypatch):
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_f0_is_counted_within_a_fifth_of_what_is_compiled(remat):
     run = training_run(load_spec("nfnet_f0"), batch=8, resolution=192, dtype="float32", remat=remat)
-    counted = cost("nfnet_f0", batch=8, remat=remat, recomputes_early=True)
+    counted = cost("nfnet_f0", batch=8, remat=remat, on_cpu=True)
     assert counted.peak == pytest.approx(compile_train_step(run).temporary, rel=0.2)
 
 
@@ -145,9 +145,9 @@ def test_halves_of_the_type_are_halves_of_the_maps():
     )
 
 
-def test_a_schedule_that_recomputes_early_saves_less():
+def test_on_a_cpu_remat_saves_less():
     for remat in ("conv", "block"):
-        late, early = (cost("nfnet_f0", remat=remat, recomputes_early=e) for e in (False, True))
+        late, early = (cost("nfnet_f0", remat=remat, on_cpu=e) for e in (False, True))
         assert late.peak < early.peak < cost("nfnet_f0").peak
 
 

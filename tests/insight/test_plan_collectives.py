@@ -43,6 +43,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %f.2 = bf16[16]{0} fusion(%x), kind=kCustom, calls=%piece.2
   %start = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
   %done = f32[8]{0} collective-permute-done(%start)
+  %half = bf16[6]{0} all-gather(%x), channel_id=11, replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, dimensions={0}
   %alone = f32[100]{0} all-reduce(%x), channel_id=4, replica_groups={{0},{1},{2},{3}}, to_apply=%add
   ROOT %both = (f32[3]{0}, /*index=1*/pred[4]{0}) all-reduce(%a, %b), channel_id=5, replica_groups={}, to_apply=%add
 }
@@ -58,6 +59,8 @@ def test_every_way_in_which_hlo_says_it():
         ("reduce-scatter", 4): Collective("reduce-scatter", 4, 3, 3 * 4 * 8),
         # Two pieces of one; and what starts and is done counts once.
         ("all-gather", 4): Collective("all-gather", 4, 1, 32),
+        # Among some of the devices, which are numbered in an order of their own.
+        ("all-gather", 2): Collective("all-gather", 2, 1, 12),
         ("collective-permute", 2): Collective("collective-permute", 2, 1, 32),
         # A tuple, among all; one among single devices is none.
         ("all-reduce", 4): Collective("all-reduce", 4, 1, 16),

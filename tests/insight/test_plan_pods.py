@@ -7,7 +7,8 @@ import pytest
 from nfflax.insight.chips import CHIPS, PodError, pod
 from nfflax.insight.collectives import Collective, ring_bytes
 from nfflax.insight.estimate import EFFICIENCY, estimate
-from nfflax.insight.search import mesh_on, search
+from nfflax.insight.rehearsal import Rehearsal
+from nfflax.insight.search import checked, mesh_on, search
 from nfflax.spec.load import load_run
 from nfflax.spec.plan import plan
 from nfflax.train.errors import MeshError
@@ -22,6 +23,14 @@ PUBLISHED = {
     "nfnet_f5": 1398.5,
 }
 V3_CORE = 61.5e12  # operations per second
+
+# GB on each chip of train steps compiled for TPUs, as docs/scaling.md has them.
+REMAT = {"model.remat": "conv"}
+COMPILED = [
+    ("nfnet", "v5e:4x4", {"train.batch_size": 512}, 3.29),
+    ("nfnet", "v5e:4x4", {"train.batch_size": 512, **REMAT}, 2.04),
+    ("nfnet_f6", "v5e:16x16", {"train.accumulate": 2, **REMAT}, 15.19),
+]
 
 
 def mesh(data=1, fsdp=1, tensor=1, spatial=1):
@@ -100,6 +109,13 @@ def test_compiled_exchanges_replace_those_on_paper():
     assert found.exchange == pytest.approx(150e6 / 100e9)
 
 
+@pytest.mark.parametrize(("recipe", "place", "changes", "compiled"), COMPILED)
+def test_memory_is_counted_within_a_tenth_of_what_is_compiled(recipe, place, changes, compiled):
+    run, place = load_run(recipe, changes), pod(place)
+    found = estimate(run, place, mesh_on(run, place))
+    assert found.memory / 1e9 == pytest.approx(compiled, rel=0.1)
+
+
 def test_fsdp_splits_the_state_and_exchanges_more():
     run, place = load_run("nfnet", {"train.batch_size": 256}), pod("v5e:2x4")
     whole, split = (estimate(run, place, mesh(**how)) for how in ({"data": 8}, {"fsdp": 8}))
@@ -120,6 +136,26 @@ def test_a_search_finds_what_fits_and_orders_it():
     best = found[0]
     again = load_run("nfnet_f6", best.settings)
     assert estimate(again, place, mesh_on(again, place)) == best.estimate
+
+
+@pytest.mark.parametrize(("factor", "finds_one"), [(0.9, True), (1.3, True), (90.0, False)])
+def test_what_the_compiler_needs_decides(factor, finds_one):
+    place = pod("v5e:16x16")
+    ways = search(load_run("nfnet_f6"), place)
+    needs = {id(way.run): factor * way.estimate.memory for way in ways}
+
+    def compile(run):
+        memory, there = needs[id(run)], place.chip.usable
+        state = {"devices": 256, "mesh": {}, "state": {}, "seconds": 0.0, "optimized": False}
+        return Rehearsal(**state, fits=memory <= there, memory=memory, capacity=there)
+
+    tried = list(checked(ways, compile))
+    assert tried[0][0] is ways[0]
+    assert [found.fits for _, found in tried] == [False] * (len(tried) - 1) + [finds_one]
+    # Whoever compiles all of them finds no earlier one that fits.
+    first = next((way for way in ways if needs[id(way.run)] <= place.chip.usable), None)
+    assert first is (tried[-1][0] if finds_one else None)
+    assert len(tried) < 10
 
 
 def test_a_search_where_nothing_fits_orders_by_memory():
