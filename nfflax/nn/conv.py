@@ -19,7 +19,7 @@ For a Hessian-vector product take the gradient of a gradient.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -117,7 +117,7 @@ def _general(
 ) -> jax.Array:
     native = functools.partial(_native, strides=strides, pads=pads, dilations=dilations)
     if groups == 1:
-        return native(x, w)
+        return _rows_stay(native(_rows_stay(x), w))
     free = automatic_axes()
     if not free and (has_mesh() or jax.device_count() == 1):
         return native(x, w, groups=groups)  # one device, or inside a shard_map over the whole mesh
@@ -135,6 +135,20 @@ def _general(
     return manual(x, w)
 
 
+def _rows_stay(x: jax.Array) -> jax.Array:
+    """`x`, whose rows of the batch every device keeps: kernels that are split come to them.
+
+    Left to itself XLA's partitioner may split maps by channel as a kernel is, and gather maps: a
+    step of NFNet-F6 with data 16 and fsdp 16 then takes 82.8 GB on each chip, in place of 13.0.
+    """
+    free = automatic_axes()
+    batch = tuple(name for name in BATCH_AXES if name in free)
+    if not batch or x.shape[0] % math.prod(free[name] for name in batch):
+        return x
+    others = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return lax.with_sharding_constraint(x, PartitionSpec(batch, *others))
+
+
 # --- maps split in space ----------------------------------------------------------------------
 
 
@@ -148,21 +162,30 @@ def _by_taps(
     x: jax.Array, w: jax.Array, *, strides: Ints, pads: Pads, dilations: Ints, groups: int
 ) -> jax.Array:
     """A convolution as one matrix product per kernel position, which XLA partitions correctly."""
-    rank = x.ndim - 2
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)])
+    return _bundled(x, w, groups, functools.partial(_taps, strides=strides, dilations=dilations))
 
-    def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-        reach = [(k - 1) * d for k, d in zip(w.shape[:rank], dilations, strict=True)]
-        spans = [n - r for n, r in zip(x.shape[1:-1], reach, strict=True)]
-        taps = []
-        for tap in itertools.product(*map(range, w.shape[:rank])):
-            starts = [t * d for t, d in zip(tap, dilations, strict=True)]
-            windows = zip(starts, spans, strides, strict=True)
-            shifted = x[(slice(None), *(slice(a, a + n, s) for a, n, s in windows))]
-            taps.append(shifted @ w[tap])
-        return functools.reduce(jnp.add, taps)
 
-    return _bundled(x, w, groups, dense)
+def _taps(x: jax.Array, w: jax.Array, *, strides: Ints, dilations: Ints) -> jax.Array:
+    """A dense convolution without padding, one matrix product per kernel position."""
+    reach = [(k - 1) * d for k, d in zip(w.shape[:-2], dilations, strict=True)]
+    ends = [n - r for n, r in zip(x.shape[1:-1], reach, strict=True)]
+    products = [
+        _shifted(x, starts, ends, strides) @ w[tap] for tap, starts in _tap_starts(w, dilations)
+    ]
+    return functools.reduce(jnp.add, products)
+
+
+def _tap_starts(w: jax.Array, dilations: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Every position in a kernel's window, and how far it lies from the first."""
+    for tap in itertools.product(*map(range, w.shape[:-2])):
+        yield tap, tuple(t * d for t, d in zip(tap, dilations, strict=True))
+
+
+def _shifted(x: jax.Array, starts: Ints, ends: Sequence[int], strides: Ints) -> jax.Array:
+    """What one position of the window sees of a padded map."""
+    places = zip(starts, ends, strides, strict=True)
+    return x[(slice(None), *(slice(start, start + end, s) for start, end, s in places))]
 
 
 # --- CPU -------------------------------------------------------------------------------------
@@ -188,7 +211,29 @@ def _bundled_cpu(
     def dense(x: jax.Array, w: jax.Array) -> jax.Array:
         return _dense_cpu(*_varying_alike(x, w), strides, pads, dilations)
 
-    return _bundled(x, w, groups, dense)
+    inputs, outputs = x.shape[-1] // groups, w.shape[-1] // groups
+    bundle = _bundle(inputs)
+    turns = groups // bundle
+    if turns <= 2:
+        return _bundled(x, w, groups, dense)
+
+    def turn(parts: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return dense(parts[0], _block_diagonal(parts[1], bundle))
+
+    # A loop compiles one of them, and runs no slower.
+    looped = turns * bundle
+    xs, ws = _split(x[..., : looped * inputs], turns), _split(w[..., : looped * outputs], turns)
+    ys = jnp.moveaxis(lax.map(turn, (xs, ws)), 0, -2)
+    y = ys.reshape(*ys.shape[:-2], -1)
+    if looped == groups:
+        return y
+    x, w = x[..., looped * inputs :], w[..., looped * outputs :]
+    return jnp.concatenate([y, _bundled(x, w, groups - looped, dense)], axis=-1)
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """The last axis in equal parts, stacked."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], parts, -1), -2, 0)
 
 
 def _varying_alike(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -207,7 +252,7 @@ def _bundled(x: jax.Array, w: jax.Array, groups: int, dense: Dense) -> jax.Array
     if groups == 1:
         return dense(x, w)
     inputs, outputs = x.shape[-1] // groups, w.shape[-1] // groups
-    bundle = max(1, _BUNDLE_WIDTH // inputs)
+    bundle = _bundle(inputs)
     parts = []
     for first in range(0, groups, bundle):
         count = min(bundle, groups - first)
@@ -215,6 +260,11 @@ def _bundled(x: jax.Array, w: jax.Array, groups: int, dense: Dense) -> jax.Array
         w_part = lax.slice_in_dim(w, first * outputs, (first + count) * outputs, axis=-1)
         parts.append(dense(x_part, _block_diagonal(w_part, count)))
     return jnp.concatenate(parts, axis=-1)
+
+
+def _bundle(inputs: int) -> int:
+    """How many groups of some input channels go into one dense convolution."""
+    return max(1, _BUNDLE_WIDTH // inputs)
 
 
 def _block_diagonal(w: jax.Array, groups: int) -> jax.Array:
@@ -238,6 +288,8 @@ def _dense_cpu_forward(x: jax.Array, w: jax.Array, strides: Ints, pads: Pads, di
 
 def _dense_cpu_backward(strides: Ints, pads: Pads, dilations: Ints, saved, dy: jax.Array):
     x, w = saved
+    if max(strides) > 1:
+        return _gradients_by_taps(x, w, dy, strides, pads, dilations)
     rank = x.ndim - 2
     space, window = x.shape[1:-1], w.shape[:-2]
     ones = (1,) * rank
@@ -261,6 +313,32 @@ def _dense_cpu_backward(strides: Ints, pads: Pads, dilations: Ints, saved, dy: j
     images, kernels = x.swapaxes(0, -1), jnp.moveaxis(dy, 0, -2)
     dw = _padded(images, kernels, dw_pads, strides=dilations, dilations=ones)
     return dx, jnp.moveaxis(dw, 0, -2)
+
+
+def _gradients_by_taps(
+    x: jax.Array,
+    w: jax.Array,
+    dy: jax.Array,
+    strides: Ints,
+    pads: Sequence[tuple[int, int]],
+    dilations: Ints,
+) -> tuple[jax.Array, jax.Array]:
+    """Both gradients as matrix products: no zeros between strided pixels, no kernel turned over."""
+    inputs, outputs = w.shape[-2:]
+    flat_dy = dy.reshape(-1, outputs)
+    columns = (flat_dy @ w.reshape(-1, outputs).T).reshape(*dy.shape[:-1], -1, inputs)
+    edge = [(0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)]
+    padded, zero = lax.pad(x, jnp.zeros((), x.dtype), edge), jnp.zeros((), dy.dtype)
+    spans = [(m - 1) * s + 1 for m, s in zip(dy.shape[1:-1], strides, strict=True)]
+    dx_taps, dw_taps = [], []
+    for i, (_, starts) in enumerate(_tap_starts(w, dilations)):
+        shifted = _shifted(padded, starts, spans, strides)
+        dw_taps.append(shifted.reshape(-1, inputs).T @ flat_dy)
+        before = [start - p[0] for start, p in zip(starts, pads, strict=True)]
+        sizes = zip(x.shape[1:-1], before, spans, strides, strict=True)
+        spread = [(b, n - b - span, s - 1) for n, b, span, s in sizes]
+        dx_taps.append(lax.pad(columns[..., i, :], zero, [(0, 0, 0), *spread, (0, 0, 0)]))
+    return functools.reduce(jnp.add, dx_taps), jnp.stack(dw_taps).reshape(w.shape)
 
 
 def _padded(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nfflax.nn.block import Block, BlockSignals
-from nfflax.nn.wsconv import CONV_OUTPUT
+from nfflax.nn.wsconv import CONV_OUTPUT, standardized
 from nfflax.spec.parts import BlockPlan
 from nfflax.spec.schema import Spec
 
@@ -58,7 +58,7 @@ class Stage(nnx.Module):
 
         first_key = None if keys is None else keys[0]
         x_NHWC, (signals, statistics) = rematerialized(run, self.remat, in_loop=False)(
-            x_NHWC, self.first, self.betas[0], self.drop_rates[0], first_key
+            x_NHWC, standardized(self.first), self.betas[0], self.drop_rates[0], first_key
         )
         nnx.update(self.first, statistics)
         if self.rest is None:
@@ -71,7 +71,10 @@ class Stage(nnx.Module):
         )
         run = rematerialized(run, self.remat, in_loop=self.unroll < len(self.betas) - 1)
         x_NHWC, (stacked, statistics) = jax.lax.scan(
-            lambda x, each: run(x, *each), x_NHWC, (self.rest, *varying), unroll=self.unroll
+            lambda x, each: run(x, *each),
+            x_NHWC,
+            (standardized(self.rest), *varying),
+            unroll=self.unroll,
         )
         nnx.update(self.rest, statistics)
         if signals is None or stacked is None:

@@ -1,11 +1,13 @@
 """Convolutions with Scaled Weight Standardisation (arXiv:2101.08692, section 4.2), and plain ones.
 
-Kernels are standardised per output unit in float32, whatever the compute dtype, then cast.
+Kernels are standardised per output unit in float32, whatever the compute dtype, then cast. A layer
+does it itself when called; `standardized` does it beforehand for many layers.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from nfflax.nn.init import ONES, ZEROS, Init, fan_in_normal
 from nfflax.nn.roles import kernel_role, param, vector_role
 
 EpsMode = Literal["floor", "add"]
+Part = TypeVar("Part")
 
 # Name under which outputs are saved when only convolution outputs are kept for the backward pass.
 CONV_OUTPUT = "nfflax_conv_output"
@@ -31,15 +34,42 @@ def standardize(
     "floor" is the official epsilon, a lower bound on var * fan_in; "add" is timm's, added to the
     variance itself.
     """
-    axes = tuple(range(w.ndim - 1))
-    fan_in = math.prod(w.shape[:-1])
+    # Axes of length 1 cost XLA on CPU its fast reductions.
+    window = tuple(axis for axis in range(w.ndim - 1) if w.shape[axis] == 1)
+    return jnp.expand_dims(_standardize(jnp.squeeze(w, window), gain, eps, eps_mode), window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _standardize(w: jax.Array, gain: jax.Array, eps: float, eps_mode: EpsMode) -> jax.Array:
+    return _standardize_forward(w, gain, eps, eps_mode)[0]
+
+
+def _standardize_forward(w: jax.Array, gain: jax.Array, eps: float, eps_mode: EpsMode):
+    axes, fan_in = tuple(range(w.ndim - 1)), w.size // w.shape[-1]
     mean = jnp.mean(w, axes)
-    var = jnp.var(w, axes)
+    var = jnp.mean(jnp.square(w - mean), axes)
     if eps_mode == "floor":
-        scale = lax.rsqrt(jnp.maximum(var * fan_in, eps)) * gain
+        inverse = lax.rsqrt(jnp.maximum(var * fan_in, eps))
+        moves = var * fan_in > eps  # at its floor the norm is a constant
     else:
-        scale = lax.rsqrt(var + eps) * (gain * fan_in**-0.5)
-    return w * scale - mean * scale
+        inverse, moves = lax.rsqrt(var + eps) * fan_in**-0.5, True
+    scale = inverse * gain
+    return w * scale - mean * scale, (w, gain, mean, inverse, moves)
+
+
+def _standardize_backward(eps: float, eps_mode: EpsMode, saved, dy: jax.Array):
+    """Both gradients from two sums per unit, in as few passes over the kernel as there can be."""
+    del eps, eps_mode
+    w, gain, mean, inverse, moves = saved
+    axes, fan_in = tuple(range(w.ndim - 1)), w.size // w.shape[-1]
+    total = jnp.sum(dy, axes)
+    along = (jnp.sum(dy * w, axes) - total * mean) * inverse
+    scale = inverse * gain
+    pull = jnp.where(moves, scale * inverse * along, 0.0)
+    return dy * scale - w * pull + (mean * pull - scale * total / fan_in), along
+
+
+_standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
 class Conv(nnx.Module):
@@ -115,6 +145,8 @@ class WSConv(Conv):
         shape = (in_features, out_features, kernel_size, strides)
         super().__init__(*shape, use_bias=True, out_axis=out_axis, rngs=rngs, **geometry)
         self.gain = param(rngs, (out_features,), gain_init, vector_role(out_axis))
+        self.rank = len(kernel_size) + 2
+        self.is_standardized = False  # what `standardized` sets
         self.eps, self.scale = eps, scale
         self.eps_mode: EpsMode = eps_mode
 
@@ -122,9 +154,32 @@ class WSConv(Conv):
         return self._convolve(x_NHWC, self.standardized())
 
     def standardized(self) -> jax.Array:
-        """The float32 kernel that the input is convolved with."""
-        gain_O = self.gain[...] * self.scale
-        return standardize(self.kernel[...], gain_O, eps=self.eps, eps_mode=self.eps_mode)
+        """The float32 kernel that the input is convolved with; all of them of stacked layers."""
+        if self.is_standardized:
+            return self.kernel[...]
+        form = functools.partial(standardize, eps=self.eps, eps_mode=self.eps_mode)
+        for _ in range(self.kernel.ndim - self.rank):
+            form = jax.vmap(form)
+        return form(self.kernel[...], self.gain[...] * self.scale)
+
+
+def standardized(part: Part) -> Part:
+    """A copy of any part of a network, stacked or not, with every kernel in it standardised.
+
+    Outside loops over layers and microbatches, and outside what is computed again in the backward
+    pass, this is done once, and over whole stacks at a time.
+    """
+
+    def ready(module: Any) -> Any:
+        if not isinstance(module, WSConv):
+            return module
+        kernel = module.standardized()
+        module = jax.tree.map(lambda leaf: leaf, module)
+        module.kernel.set_value(kernel)
+        module.is_standardized = True
+        return module
+
+    return jax.tree.map(ready, part, is_leaf=lambda module: isinstance(module, WSConv))
 
 
 class WSConvTranspose(nnx.Module):

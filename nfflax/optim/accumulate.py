@@ -55,6 +55,21 @@ def with_accumulation(value_and_grad: Gradient, steps: int) -> Gradient:
     return accumulated
 
 
+def with_preparation(value_and_grad: Gradient, prepare: Callable[[Any], Any]) -> Gradient:
+    """The same function, of parameters that `prepare` still has to make into those it takes.
+
+    Around `with_accumulation`, what all microbatches need of the parameters is made once, and its
+    gradient, the sum over all of them, goes back through `prepare` once.
+    """
+
+    def prepared(params: Any, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
+        ready, pull_back = jax.vjp(prepare, params)
+        found, gradients = value_and_grad(ready, batch, key)
+        return found, pull_back(gradients)[0]
+
+    return prepared
+
+
 def batch_rows(batch: Any) -> int:
     """How many rows a batch has, in every one of its arrays."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from nfflax.optim.accumulate import with_accumulation
+from nfflax.optim.accumulate import with_accumulation, with_preparation
 from nfflax.optim.agc import agc
 from nfflax.optim.directions import decayed, lars_scaled
 from nfflax.optim.ema import update_ema
@@ -35,9 +35,10 @@ class Recipe:
     """The optax transform; `nfflax.optim.metrics` reads its state."""
     schedule: Schedule
     """Step to learning rate."""
-    gradient: Callable[[Callable[..., Any]], Callable[..., Any]]
+    gradient: Callable[..., Callable[..., Any]]
     """Wraps a function `(params, batch, key) -> ((loss, aux), gradients)` into the one that the run
-    asks for: microbatches, sharpness-aware minimisation, or itself."""
+    asks for: microbatches, sharpness-aware minimisation, or itself. A second function may make the
+    parameters that the first one takes from those that train, as rarely as can be."""
     ema: Callable[[Any, Any, Any], Any] | None
     """`(average, params, step) -> average`, or None where the run keeps no average."""
     groups: tuple[Group, ...]
@@ -132,14 +133,21 @@ def _scaled_by(factors: Mapping[Path, float]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: map_by_path(scaled, updates))
 
 
-def _gradient(run: Any, value_and_grad: Callable[..., Any]) -> Callable[..., Any]:
-    """Each microbatch takes its own ascent, so that SAM costs no more memory than a plain step."""
-    if run.sam.rho:
-        sam = run.sam
-        value_and_grad = with_sam(
-            value_and_grad, sam.rho, fraction=sam.fraction, synchronize=sam.synchronize
-        )
-    return with_accumulation(value_and_grad, run.train.accumulate)
+def _gradient(
+    run: Any, value_and_grad: Callable[..., Any], prepare: Callable[[Any], Any] | None = None
+) -> Callable[..., Any]:
+    """Each microbatch takes its own ascent, so that SAM costs no more memory than a plain step.
+
+    That leads to other parameters, so only without it are all microbatches prepared at once.
+    """
+    sam, steps = run.sam, run.train.accumulate
+    prepared = partial(with_preparation, prepare=prepare) if prepare else lambda function: function
+    if not sam.rho:
+        return prepared(with_accumulation(value_and_grad, steps))
+    climbing = with_sam(
+        prepared(value_and_grad), sam.rho, fraction=sam.fraction, synchronize=sam.synchronize
+    )
+    return with_accumulation(climbing, steps)
 
 
 def _cautions(run: Any) -> list[str]:

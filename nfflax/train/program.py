@@ -117,12 +117,11 @@ def make_program(run: Run, mesh: jax.sharding.Mesh) -> Program:
     check_fits(run, mesh)
     model = abstract_model(run)
     recipe = recipe_of(run, model)
-    graph = nnx.graphdef(model)
     abstract = abstract_state(run, recipe, model, mesh)
     state, rows = shardings_of(abstract), batch_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     train = jax.jit(
-        train_step(run, recipe, graph, mesh),
+        train_step(run, recipe, model, mesh),
         donate_argnums=0,
         in_shardings=(state, rows),
         out_shardings=(state, whole),

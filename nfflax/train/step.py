@@ -10,6 +10,7 @@ from flax import nnx
 
 import nfflax.optim as optim
 from nfflax.data.feed import augmentation
+from nfflax.nn.wsconv import standardized
 from nfflax.optim.factory import Recipe
 from nfflax.pixels import normalize
 from nfflax.spec.run import Run
@@ -23,15 +24,27 @@ _NETWORK_STREAM = 1  # the network's random numbers, beside the augmentation's
 
 
 def train_step(
-    run: Run, recipe: Recipe, graph: nnx.GraphDef, mesh: jax.sharding.Mesh
+    run: Run, recipe: Recipe, model: nnx.Module, mesh: jax.sharding.Mesh
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The function that makes one update from a batch as `nfflax.data.train_feed` gives it."""
+    """The function that makes one update from a batch as `nfflax.data.train_feed` gives it.
+
+    Of the network, which may be abstract, it takes the structure.
+    """
     augmented = augmentation(run)
+    graph, ready = nnx.graphdef(model), nnx.graphdef(nnx.eval_shape(standardized, model))
+
+    def prepare_with(stats: Any) -> Callable[[Any], Any]:
+        def prepare(params: Any) -> Any:
+            """Kernels standardised once per step, not once per microbatch."""
+            network = standardized(nnx.merge(graph, params, stats))
+            return nnx.to_pure_dict(nnx.state(network, nnx.Param))
+
+        return prepare
 
     def loss_with(stats: Any) -> Callable[..., tuple[jax.Array, Any]]:
         def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graph, params, stats)
-            logits = model(batch["images"], train=True, rngs=key)
+            network = nnx.merge(ready, params, stats)
+            logits = network(batch["images"], train=True, rngs=key)
             labels, ratio = batch["labels"], batch.get("ratio")
             mixed = batch.get("mix_labels")
             each = optim.cross_entropy(
@@ -39,7 +52,7 @@ def train_step(
             )
             if mixed is not None and ratio is not None:
                 labels = jnp.where(ratio < 0.5, mixed, labels)  # what most of the image shows
-            after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            after = nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
             return each.mean(), {"top1": jnp.mean(_hits(logits, labels, 1)), "stats": after}
 
         return loss
@@ -50,7 +63,10 @@ def train_step(
         images_NHWC = shown["images"]
         shown["images"] = jax.lax.with_sharding_constraint(images_NHWC, image_sharding(mesh))
         key = jax.random.fold_in(jax.random.key(run.train.seed), count)
-        gradient = recipe.gradient(jax.value_and_grad(loss_with(state["stats"]), has_aux=True))
+        gradient = recipe.gradient(
+            jax.value_and_grad(loss_with(state["stats"]), has_aux=True),
+            prepare_with(state["stats"]),
+        )
         found = gradient(params, shown, jax.random.fold_in(key, _NETWORK_STREAM))
         (loss, aux), gradients = found
         updates, opt = recipe.tx.update(gradients, state["opt"], params, value=loss)
