@@ -7,7 +7,6 @@ the end of a step has nothing left to hide behind.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,9 +106,11 @@ def estimate(
     macs = 3 * network.macs() * passes
     if exchanges is None:
         exchanges = _exchanges(run, network, mesh, rows)
-    # A device counted by itself holds gradients whole; here they are split as weights are.
-    elsewhere = itertools.accumulate((1 - share) * s.gradients for s in reversed(counted.segments))
-    maps = max(b - away for (_, b), away in zip(counted.timeline(), elsewhere, strict=True))
+    # Microbatches share standardised kernels: those that remat would keep, whatever the policy.
+    shared = 0.0
+    if accumulate > 1 and not run.sam.rho:
+        shared = _standardized(_counted(spec, rows, run.model.dtype, "conv"))
+    live = _live(counted, share, shared)
     accumulated = weights if accumulate > 1 else 0
     batch = run.train.batch_size
     return Estimate(
@@ -120,9 +121,29 @@ def estimate(
         compute=2 * counted.macs * passes * batch / pod.count / pod.chip.flops,
         traffic=moved / pod.chip.memory_rate,
         exchange=sum(each.sent / pod.exchange_rate(each.devices) for each in exchanges),
-        memory=copies * weights + maps + accumulated,
+        memory=copies * weights + live + accumulated,
         state=copies * weights,
     )
+
+
+def _live(counted: Cost, share: float, shared: float) -> float:
+    """The most bytes besides the state that live at once where weights are split.
+
+    `shared` are those of standardised kernels that stay until the step's end.
+    """
+    most, gradients, kernels = 0.0, 0, _standardized(counted)
+    # A device counted by itself holds gradients and kernels whole; here they are split.
+    for segment, (_, bytes) in zip(reversed(counted.segments), counted.timeline(), strict=True):
+        gradients += segment.gradients
+        split = gradients + max(kernels, shared)
+        most = max(most, bytes - gradients - kernels + share * split)
+        kernels -= segment.standardized
+    return most
+
+
+def _standardized(counted: Cost) -> float:
+    """Bytes of the standardised kernels that are kept."""
+    return sum(segment.standardized for segment in counted.segments)
 
 
 def _exchanges(run: Run, network: Plan, mesh: Mapping[str, int], rows: int) -> list[Collective]:

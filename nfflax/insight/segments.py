@@ -38,6 +38,8 @@ class Segment:
     """Multiply-adds of one image, forward."""
     kept: float
     """What the forward pass leaves for the backward pass."""
+    standardized: float
+    """Of what is kept, float32 kernels: on a mesh they are split as parameters are."""
     working: float
     """What the backward pass of one of its blocks needs besides, recomputed maps included."""
     recomputed_macs: float
@@ -111,31 +113,34 @@ class Counter:
             largest = max(largest, inputs, area(size) * conv.out_channels)
         if self.plan.spec.stem.pool == "max":
             kept += area(size) * convs[-1].out_channels * self.item
-        kernels = self._kernels(sum(conv.params for conv in convs))
-        kept_bytes = self.batch * kept + kernels
+        params, macs = _totals(convs)
+        cast, standardized = self._cast(params), self._standardized(params, remat=False)
+        kept_bytes = self.batch * kept + cast + standardized
         working = 2 * self.batch * largest * self.item
-        return Segment("stem", None, *_totals(convs), kept_bytes, working, 0.0)
+        return Segment("stem", None, params, macs, kept_bytes, standardized, working, 0.0)
 
     def _blocks(self, blocks: tuple[BlockPlan, ...], first: int, size: tuple[int, int]) -> Segment:
         """Equal blocks, of which `first` is the place in their stage; more than one are a loop."""
         block, count = blocks[0], len(blocks)
         shape, in_loop = Shape.of(block, size), count > 1
         maps = self.batch * self._all_maps(block, shape, in_loop=in_loop)
-        kernels = self._block_kernels(block)
-        kept = maps + kernels
+        cast, kernels = self._cast(block.params), block.params - self._attention(block)
+        standardized = self._standardized(kernels, remat=False)
+        kept = maps + cast + standardized
         working = 2 * self.batch * max(shape.inputs, shape.outputs, shape.wide_mid) * self.item
         recomputed = 0.0
         if self.remat != "none":
-            left = self.batch * self._left_maps(block, shape)
+            left_maps = self.batch * self._left_maps(block, shape)
             # The convolutions' outputs are there under "conv": only what is cheap is done again.
             recomputed = sum(b.macs for b in blocks) if self.remat == "block" else 0.0
             if first or not self.on_cpu:
-                working += kept - left
-                kept = left
+                working += maps - left_maps + cast
+                standardized = self._standardized(kernels, remat=True)
+                kept = left_maps + standardized
         places = f"{first}-{first + count - 1}" if in_loop else str(first)
         name = f"stage {block.stage}.{places}"
-        params, macs = _totals(blocks)
-        return Segment(name, block.stage, params, macs, count * kept, working, recomputed)
+        left = count * kept, count * standardized
+        return Segment(name, block.stage, *_totals(blocks), *left, working, recomputed)
 
     def _all_maps(self, block: BlockPlan, shape: Shape, *, in_loop: bool) -> float:
         """Bytes of what a block leaves when nothing is recomputed, one image."""
@@ -165,14 +170,15 @@ class Counter:
     def _head(self, size: tuple[int, int]) -> Segment:
         parts = [part for part in (self.plan.final_conv, self.plan.classifier) if part]
         kept = largest = area(size) * self.plan.num_features * self._activation(in_loop=False)
-        kernels = 0.0
+        cast = standardized = 0.0
         if conv := self.plan.final_conv:
             kept += area(size) * conv.in_channels * self.item
-            kernels = self._kernels(conv.params)
+            cast = self._cast(conv.params)
+            standardized = self._standardized(conv.params, remat=False)
         params, macs = _totals(parts)
         params += self.plan.head_norm_params
-        kept_bytes = self.batch * kept + kernels
-        return Segment("head", None, params, macs, kept_bytes, self.batch * largest, 0.0)
+        left = self.batch * kept + cast + standardized, standardized
+        return Segment("head", None, params, macs, *left, self.batch * largest, 0.0)
 
     def _activation(self, *, in_loop: bool) -> float:
         """Bytes per number that an activation leaves, with the norm it may begin with."""
@@ -180,18 +186,20 @@ class Counter:
         fused = _FUSED_MAPS_ON_CPU if self.on_cpu else _FUSED_MAPS
         return traced if in_loop else min(traced, fused * self.item)
 
-    def _kernels(self, weights: float) -> float:
-        """Standardisation leaves the centred kernel in float32 and the result in compute type."""
-        if self.plan.spec.norm.kind == "batch":
-            return weights * (self.item if self.item < FLOAT32 else 0)  # the cast one
-        return weights * (FLOAT32 + self.item)
+    def _standardized(self, kernels: float, *, remat: bool) -> float:
+        """Of kernels standardised in float32, once per step. What is computed again needs them."""
+        if self.plan.spec.norm.kind == "batch" or not (remat or self.item == FLOAT32):
+            return 0.0
+        return kernels * FLOAT32
 
-    def _block_kernels(self, block: BlockPlan) -> float:
-        attention = 2 * block.attention_width * block.attention_hidden
-        if self.plan.spec.attention.kind != "se":
-            attention = 0
-        cast = attention * self.item if self.item < FLOAT32 else 0
-        return self._kernels(block.params - attention) + cast
+    def _cast(self, weights: float) -> float:
+        """Of weights in a compute type that is not float32."""
+        return weights * self.item if self.item < FLOAT32 else 0.0
+
+    def _attention(self, block: BlockPlan) -> int:
+        """Weights of a block's gate, which are no kernels."""
+        squeezes = self.plan.spec.attention.kind == "se"
+        return 2 * block.attention_width * block.attention_hidden if squeezes else 0
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The one place where convolutions become XLA operations, by platform.
 
-Four facts rule it (measurements: benchmarks/conv_lowering.py):
+Five facts rule it (measurements: benchmarks/conv_lowering.py):
 
 - XLA's automatic partitioner gives wrong weight gradients for grouped convolutions when the batch
   is sharded over some mesh axes only (jax 0.10 to 0.12 on CPU; openxla/xla#47945 is its sibling).
@@ -11,6 +11,7 @@ Four facts rule it (measurements: benchmarks/conv_lowering.py):
 - On CPU XLA recognises a convolution as fast only when its operands are laid out NHWC x HWIO, and
   reorders others only outside loops. The gradients autodiff writes are others: inside a scanned
   stage they run 30 times slower. `_dense_cpu` writes both gradients in that layout.
+- Under "fsdp" it may split maps by channel, as a kernel is, and gather maps. `_rows_stay` forbids.
 
 Reverse mode only: the CPU rule is a `custom_vjp`, so `jax.jvp` of a kxk convolution is an error.
 For a Hessian-vector product take the gradient of a gradient.
@@ -290,40 +291,25 @@ def _dense_cpu_backward(strides: Ints, pads: Pads, dilations: Ints, saved, dy: j
     x, w = saved
     if max(strides) > 1:
         return _gradients_by_taps(x, w, dy, strides, pads, dilations)
-    rank = x.ndim - 2
     space, window = x.shape[1:-1], w.shape[:-2]
-    ones = (1,) * rank
-    # Strides become zeros between the output's gradients: a plain convolution is the fast one.
-    spread = [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)]
-    dy = lax.pad(dy, jnp.zeros((), dy.dtype), spread)
     reach = [(k - 1) * d for k, d in zip(window, dilations, strict=True)]
-
     before = [r - p[0] for r, p in zip(reach, pads, strict=True)]
-    dx_pads = [
-        (b, n + r - m - b) for n, r, m, b in zip(space, reach, dy.shape[1:-1], before, strict=True)
-    ]
-    mirrored = jnp.flip(w, tuple(range(rank))).swapaxes(-1, -2)
-    dx = _padded(dy, mirrored, dx_pads, strides=ones, dilations=dilations)
+    sizes = list(zip(space, reach, dy.shape[1:-1], strict=True))
+    dx_pads = [(b, n + r - m - b) for b, (n, r, m) in zip(before, sizes, strict=True)]
+    mirrored = jnp.flip(w, tuple(range(len(window)))).swapaxes(-1, -2)
+    dx = _padded(dy, mirrored, dx_pads, strides=strides, dilations=dilations)
 
     # The weight gradient correlates x with dy over the batch, which plays the channels.
-    dw_pads = [
-        (p[0], r + m - n - p[0])
-        for n, r, m, p in zip(space, reach, dy.shape[1:-1], pads, strict=True)
-    ]
+    dw_pads = [(p[0], r + m - n - p[0]) for p, (n, r, m) in zip(pads, sizes, strict=True)]
     images, kernels = x.swapaxes(0, -1), jnp.moveaxis(dy, 0, -2)
-    dw = _padded(images, kernels, dw_pads, strides=dilations, dilations=ones)
+    dw = _padded(images, kernels, dw_pads, strides=dilations, dilations=strides)
     return dx, jnp.moveaxis(dw, 0, -2)
 
 
 def _gradients_by_taps(
-    x: jax.Array,
-    w: jax.Array,
-    dy: jax.Array,
-    strides: Ints,
-    pads: Sequence[tuple[int, int]],
-    dilations: Ints,
+    x: jax.Array, w: jax.Array, dy: jax.Array, strides: Ints, pads: Pads, dilations: Ints
 ) -> tuple[jax.Array, jax.Array]:
-    """Both gradients as matrix products: no zeros between strided pixels, no kernel turned over."""
+    """Both gradients of a strided convolution, without zeros between the pixels of `dy`."""
     inputs, outputs = w.shape[-2:]
     flat_dy = dy.reshape(-1, outputs)
     columns = (flat_dy @ w.reshape(-1, outputs).T).reshape(*dy.shape[:-1], -1, inputs)

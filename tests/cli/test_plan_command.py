@@ -187,6 +187,20 @@ def test_compiled_for_a_tpu_pod_and_gradients_cross_in_bfloat16(run, tiny):
 
 
 @pytest.mark.slow
+def test_on_a_tpu_kernels_come_to_the_maps_and_no_map_is_gathered():
+    pytest.importorskip("libtpu")
+    from nfflax.insight.chips import pod
+    from nfflax.spec.load import load_run
+
+    stage = {"depth": [2], "width": [256], "stride": [1], "group_width": 128}
+    sizes = {"model.dtype": "bfloat16", "model.set.stages": stage, "mesh.fsdp": 4}
+    images = {"train.batch_size": 256, "model.set.resolution.train": 96}
+    found = rehearse(load_run({"name": "tiny", **TINY}, sizes | images), pod("v5e:4x4"))
+    # Kernels are gathered twice, gradients summed: 5.6 MB. Where maps follow the kernels: 3.5 GB.
+    assert sum(each.bytes for each in found.exchanges) < 10 * found.state["params"]
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_a_tpu_says_how_much_it_needs():
     pytest.importorskip("libtpu")
     from nfflax.insight.chips import pod

@@ -1,5 +1,6 @@
 """Scaled weight standardisation: what it promises of kernels and signals, and its layers."""
 
+import functools
 import math
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nfflax.nn import WSConv, WSConvTranspose, role_of
-from nfflax.nn.wsconv import standardize
+from nfflax.nn.wsconv import standardize, standardized
 
 # Kernel and stride of transposed layers; every rank meets a few of them, rank 2 meets all.
 GAPS = [(4, 2), (3, 2), (2, 2), (3, 1), (2, 3), (5, 2)]
@@ -112,3 +113,48 @@ def test_statistics_are_float32_in_a_bfloat16_network():
     assert y16.dtype == jnp.bfloat16
     assert layer.kernel[...].dtype == jnp.float32
     assert float(jnp.abs(y16 - y32).max()) < 0.06  # two roundings of inputs, no drift of statistics
+
+
+# --- gradients, and kernels standardised beforehand --------------------------------------------
+
+
+def plain_standardize(w, gain, eps, eps_mode):
+    """The formula, for autodiff."""
+    axes, fan_in = tuple(range(w.ndim - 1)), math.prod(w.shape[:-1])
+    mean, var = jnp.mean(w, axes), jnp.var(w, axes)
+    if eps_mode == "floor":
+        return (w - mean) * jax.lax.rsqrt(jnp.maximum(var * fan_in, eps)) * gain
+    return (w - mean) * jax.lax.rsqrt((var + eps) * fan_in) * gain
+
+
+@pytest.mark.parametrize("eps_mode", ["floor", "add"])
+@pytest.mark.parametrize("eps", [1e-4, 30.0])  # 30 is above the norm of some units, not of all
+@pytest.mark.parametrize("shape", [(3, 3, 4, 8), (1, 1, 24, 8), (5, 8)])
+def test_gradients_are_those_of_the_formula(shape, eps, eps_mode):
+    w, weights = normals(2, *shape)
+    gain = normals(shape[-1])
+    w = w * jnp.linspace(0.2, 2.0, shape[-1]) + 0.5
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(form, w, gain):
+        loss = lambda w, gain: jnp.sum(weights * form(w, gain, eps=eps, eps_mode=eps_mode))  # noqa: E731
+        return jax.grad(loss, (0, 1))(w, gain)
+
+    for ours, wanted in zip(
+        both(standardize, w, gain), both(plain_standardize, w, gain), strict=True
+    ):
+        scale = float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=3e-6 * scale)
+
+
+def test_stacked_kernels_are_standardised_each_for_itself():
+    keys = nnx.Rngs(0).split(3)
+    stack = nnx.vmap(lambda rngs: WSConv(8, 16, (3, 3), feature_group_count=2, rngs=rngs))(keys)
+    ready = standardized({"stack": stack})["stack"]
+    assert ready.kernel.shape == (3, 3, 3, 4, 16)
+    for i in range(3):
+        wanted = standardize(stack.kernel[i], stack.gain[i])
+        np.testing.assert_allclose(ready.kernel[i], wanted, rtol=1e-6, atol=1e-7)
+    assert not stack.is_standardized
+    again = standardized(ready)
+    np.testing.assert_array_equal(again.kernel[...], ready.kernel[...])
