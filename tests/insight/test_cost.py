@@ -1,6 +1,7 @@
 """Counted costs: whole in their parts, true to compiled programs, and what remat trades."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,8 @@ def test_the_kernels_that_are_kept_are_those_that_differentiation_asks_for(
 
     def left(params, x_NHWC):
         def run(params, x_NHWC):
-            return nnx.merge(graph, params)(x_NHWC, train=True, rngs=jax.random.key(0))
+            network: Any = nnx.merge(graph, params)
+            return network(x_NHWC, train=True, rngs=jax.random.key(0))
 
         return jax.vjp(run, params, x_NHWC)[1]
 

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nfflax
-from nfflax.optim.accumulate import with_accumulation
+from nfflax.optim.accumulate import with_accumulation, with_preparation
 
 ROWS = 32
 
@@ -54,6 +54,22 @@ def test_equals_the_whole_batch(case, steps):
     assert_close(gradients, wanted)
     assert_close((value, aux["large"]), (whole, whole_aux["large"]))
     assert float(aux["rows"]) == ROWS / steps
+
+
+def test_what_microbatches_share_is_made_once(case):
+    made = []
+
+    def prepare(params):
+        made.append(params)
+        return {"w": jnp.tanh(params["w"]), "v": params["v"] * 2}
+
+    def composed(params, batch, key):
+        return loss(prepare(params), batch, key)
+
+    found = jax.jit(with_preparation(with_accumulation(plain, 4), prepare))(*case)
+    assert len(made) == 1
+    wanted = jax.jit(jax.value_and_grad(composed, has_aux=True))(*case)
+    assert_close((found[0][0], found[1]), (wanted[0][0], wanted[1]))
 
 
 def test_a_microbatch_takes_every_nth_row_and_its_own_key(case):
