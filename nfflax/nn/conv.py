@@ -289,27 +289,30 @@ def _dense_cpu_forward(x: jax.Array, w: jax.Array, strides: Ints, pads: Pads, di
 
 def _dense_cpu_backward(strides: Ints, pads: Pads, dilations: Ints, saved, dy: jax.Array):
     x, w = saved
-    if max(strides) > 1:
+    if max(strides) > 1 and all(size == 1 for size in automatic_axes().values()):
         return _gradients_by_taps(x, w, dy, strides, pads, dilations)
-    space, window = x.shape[1:-1], w.shape[:-2]
+    space, window, ones = x.shape[1:-1], w.shape[:-2], (1,) * len(strides)
+    # Strides become zeros between the pixels of dy: slow, but the partitioner knows how.
+    spread = [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)]
+    dy = lax.pad(dy, jnp.zeros((), dy.dtype), spread)
     reach = [(k - 1) * d for k, d in zip(window, dilations, strict=True)]
     before = [r - p[0] for r, p in zip(reach, pads, strict=True)]
     sizes = list(zip(space, reach, dy.shape[1:-1], strict=True))
     dx_pads = [(b, n + r - m - b) for b, (n, r, m) in zip(before, sizes, strict=True)]
     mirrored = jnp.flip(w, tuple(range(len(window)))).swapaxes(-1, -2)
-    dx = _padded(dy, mirrored, dx_pads, strides=strides, dilations=dilations)
+    dx = _padded(dy, mirrored, dx_pads, strides=ones, dilations=dilations)
 
     # The weight gradient correlates x with dy over the batch, which plays the channels.
     dw_pads = [(p[0], r + m - n - p[0]) for p, (n, r, m) in zip(pads, sizes, strict=True)]
     images, kernels = x.swapaxes(0, -1), jnp.moveaxis(dy, 0, -2)
-    dw = _padded(images, kernels, dw_pads, strides=dilations, dilations=strides)
+    dw = _padded(images, kernels, dw_pads, strides=dilations, dilations=ones)
     return dx, jnp.moveaxis(dw, 0, -2)
 
 
 def _gradients_by_taps(
     x: jax.Array, w: jax.Array, dy: jax.Array, strides: Ints, pads: Pads, dilations: Ints
 ) -> tuple[jax.Array, jax.Array]:
-    """Both gradients of a strided convolution, without zeros between the pixels of `dy`."""
+    """Both gradients of a strided convolution on one device, without zeros between pixels of dy."""
     inputs, outputs = w.shape[-2:]
     flat_dy = dy.reshape(-1, outputs)
     columns = (flat_dy @ w.reshape(-1, outputs).T).reshape(*dy.shape[:-1], -1, inputs)
