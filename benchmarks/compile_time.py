@@ -21,7 +21,7 @@ from typing import Any
 
 from peers import page
 from peers.contestants import ALL
-from peers.driver import FOLDER, this_machine
+from peers.driver import PATHS, this_machine
 
 import nfflax
 
@@ -91,10 +91,9 @@ def measure(network: str, form: str, args: argparse.Namespace) -> tuple[Seconds,
 
 def compiled(asked: dict[str, Any], cache: str) -> Seconds:
     """The seconds of one compilation; it leaves its program in a folder or takes it from there."""
-    paths = FOLDER, Path(nfflax.__file__).parents[1]
     environment = os.environ | TPU
     environment |= {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": cache,

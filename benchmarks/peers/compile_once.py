@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from nfflax.insight.aot import abstract_batch, training_run
 from nfflax.spec.load import load_run
 from nfflax.train.mesh import make_mesh
 from nfflax.train.program import make_program
+from peers.harness import cpu_seconds
 
 
 def main() -> None:
@@ -52,14 +52,9 @@ def _devices(topology: str) -> list[Any]:
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    wall, cpu = time.perf_counter(), _cpu_seconds()
+    wall, cpu = time.perf_counter(), cpu_seconds()
     result = call()
-    return result, {"wall": time.perf_counter() - wall, "cpu": _cpu_seconds() - cpu}
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    return result, {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu}
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from typing import Any
 import nfflax
 from peers.contestants import Contestant
 from peers.job import Job, Ready
-from peers.venvs import VenvError
+from peers.venvs import HERE, VenvError
 
 FOLDER = Path(__file__).resolve().parents[1]
+PATHS = FOLDER, Path(nfflax.__file__).parents[1]  # where our own programs find these files, and us
 PATIENCE = 900.0  # seconds for anything that a contestant is asked to do
 TURN = 1.0  # seconds that a turn takes at least, so that clocks are fine enough
 MOST_STEPS = 50
@@ -60,8 +61,7 @@ class Worker:
     @contextmanager
     def start(cls, contestant: Contestant, python: Path, job: Job) -> Iterator["Worker"]:
         """Start it; it begins to get ready at once."""
-        here = contestant.peer in ("nfflax", "matmul")
-        paths = [FOLDER, Path(nfflax.__file__).parents[1]] if here else [FOLDER]
+        paths = PATHS if contestant.peer in HERE else [FOLDER]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "PYTHONDONTWRITEBYTECODE": "1",  # a peer's source folder stays as it is

@@ -79,12 +79,13 @@ def _make_ready(program: Program) -> tuple[Run, Ready]:
 
 def _timed(call: Callable[[], None]) -> tuple[float, float]:
     """Seconds by the clock and of CPU time, of all threads and of ended child processes."""
-    wall, cpu = time.perf_counter(), _cpu_seconds()
+    wall, cpu = time.perf_counter(), cpu_seconds()
     call()
-    return time.perf_counter() - wall, _cpu_seconds() - cpu
+    return time.perf_counter() - wall, cpu_seconds() - cpu
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
+    """Of all threads and of ended child processes, so far."""
     spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in spent)
 

@@ -1,6 +1,5 @@
 """One update: kernels are standardised once in it, whatever it loops over."""
 
-import contextlib
 from collections.abc import Iterator
 
 import jax
@@ -10,7 +9,7 @@ from trained import tiny_run
 
 from nfflax.insight.aot import abstract_batch
 from nfflax.train.mesh import make_mesh
-from nfflax.train.program import Program, make_program
+from nfflax.train.program import make_program
 
 WAYS = {
     "plain": {},
@@ -21,14 +20,7 @@ WAYS = {
 LOOPS = ("scan", "while", "checkpoint", "remat2")
 
 
-@contextlib.contextmanager
-def program_of(**changes: object) -> Iterator[Program]:
-    run = tiny_run(
-        model__spec={"extends": "nfnet_tiny", "stages": {"depth": [1, 2, 1, 1]}}, **changes
-    )
-    program = make_program(run, make_mesh(run.mesh))
-    with jax.set_mesh(program.mesh):
-        yield program
+SPEC = {"extends": "nfnet_tiny", "stages": {"depth": [1, 2, 1, 1]}}
 
 
 def primitives(jaxpr: core.Jaxpr, in_loop: bool = False) -> Iterator[tuple[str, bool]]:
@@ -42,7 +34,9 @@ def primitives(jaxpr: core.Jaxpr, in_loop: bool = False) -> Iterator[tuple[str, 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_kernels_are_standardised_outside_loops_and_recomputations(way):
-    with program_of(**WAYS[way]) as program:
+    run = tiny_run(model__spec=SPEC, **WAYS[way])
+    program = make_program(run, make_mesh(run.mesh))
+    with jax.set_mesh(program.mesh):
         traced = program.train_step.trace(program.abstract, abstract_batch(program))
     places = [in_loop for name, in_loop in primitives(traced.jaxpr.jaxpr) if name == "rsqrt"]
     assert places
