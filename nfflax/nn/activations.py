@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfflax.nn.lean import lean
 from nfflax.spec.activations import (
     PUBLISHED_GAMMAS,
     QUADRATURE_GAMMAS,
@@ -43,7 +44,8 @@ def register_activation(name: str, function: Function, gamma: float | None = Non
     """Make `function` available to specs as `name`. Without `gamma` it is found by quadrature."""
     if name in _registry:
         raise ValueError(f"activation {name!r} is already registered")
-    activation = Activation(function, gamma_of(function) if gamma is None else float(gamma))
+    found = gamma_of(function) if gamma is None else float(gamma)
+    activation = Activation(lean(function), found)
     _registry[name] = activation
     add_activation_name(name)
     return activation

@@ -171,18 +171,21 @@ class Block(nnx.Module):
         if self.has_second_conv:
             h_NHWC = self.conv1b(self.act1b(h_NHWC, train))
         if self.attention_place == "inside":
-            h_NHWC = self._attend(h_NHWC)
+            h_NHWC = h_NHWC * self._gate(h_NHWC)
         h_NHWC = self.conv2(self.act2(h_NHWC, train))
-        if self.attention_place == "after":
-            h_NHWC = self._attend(h_NHWC)
-        branch_NHWC = h_NHWC
+        # What scales a whole map is multiplied first, one number per image and channel, so that the
+        # map is read once, and kept once for the backward pass.
+        scale = gate = self._gate(h_NHWC) if self.attention_place == "after" else 1.0
         if key is not None:
-            h_NHWC = drop_branch(h_NHWC, drop_rate, key, scale_by_keep=self.scale_by_keep)
+            scale = scale * drop_scale(
+                len(x_NHWC), drop_rate, key, x_NHWC.dtype, scale_by_keep=self.scale_by_keep
+            )
         if self.has_skip_gain:
-            h_NHWC = h_NHWC * self.skip_gain[...].astype(h_NHWC.dtype)
-        y_NHWC = h_NHWC * self.alpha + shortcut_NHWC
+            scale = scale * self.skip_gain[...].astype(x_NHWC.dtype)
+        y_NHWC = h_NHWC * (scale * self.alpha) + shortcut_NHWC
         if not with_signals:
             return y_NHWC, None
+        branch_NHWC = h_NHWC * gate
         return y_NHWC, BlockSignals(*map_signals(y_NHWC), average_variance(branch_NHWC))
 
     def _shortcut(self, x_NHWC: jax.Array, h_NHWC: jax.Array) -> jax.Array:
@@ -192,19 +195,22 @@ class Block(nnx.Module):
             h_NHWC = average_pool(h_NHWC, self.pool_window, self.pool_stride)
         return self.conv_shortcut(h_NHWC)
 
-    def _attend(self, h_NHWC: jax.Array) -> jax.Array:
-        return h_NHWC * (self.attention(h_NHWC) * self.attention_gain)
+    def _gate(self, h_NHWC: jax.Array) -> jax.Array:
+        return self.attention(h_NHWC) * self.attention_gain
 
 
-def drop_branch(
-    x_NHWC: jax.Array, rate: float | jax.Array, key: jax.Array, *, scale_by_keep: bool
+def drop_scale(
+    rows: int,
+    rate: float | jax.Array,
+    key: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    *,
+    scale_by_keep: bool,
 ) -> jax.Array:
-    """Stochastic depth (arXiv:1603.09382), one draw per image."""
+    """Stochastic depth (arXiv:1603.09382): what the branches of images are multiplied by."""
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
-    mask_N111 = jax.random.bernoulli(key, keep, (x_NHWC.shape[0], 1, 1, 1)).astype(x_NHWC.dtype)
-    if scale_by_keep:
-        mask_N111 = mask_N111 / keep.astype(x_NHWC.dtype)
-    return x_NHWC * mask_N111
+    mask_N111 = jax.random.bernoulli(key, keep, (rows, 1, 1, 1)).astype(dtype)
+    return mask_N111 / keep.astype(dtype) if scale_by_keep else mask_N111
 
 
 def average_pool(x_NHWC: jax.Array, window: int, stride: int) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nfflax.nn.block import Block, BlockSignals
-from nfflax.nn.wsconv import CONV_OUTPUT, standardized
+from nfflax.nn.wsconv import CONV_OUTPUT, measured
 from nfflax.spec.parts import BlockPlan
 from nfflax.spec.schema import Spec
 
@@ -58,7 +58,7 @@ class Stage(nnx.Module):
 
         first_key = None if keys is None else keys[0]
         x_NHWC, (signals, statistics) = rematerialized(run, self.remat, in_loop=False)(
-            x_NHWC, standardized(self.first), self.betas[0], self.drop_rates[0], first_key
+            x_NHWC, measured(self.first), self.betas[0], self.drop_rates[0], first_key
         )
         nnx.update(self.first, statistics)
         if self.rest is None:
@@ -73,7 +73,7 @@ class Stage(nnx.Module):
         x_NHWC, (stacked, statistics) = jax.lax.scan(
             lambda x, each: run(x, *each),
             x_NHWC,
-            (standardized(self.rest), *varying),
+            (measured(self.rest), *varying),
             unroll=self.unroll,
         )
         nnx.update(self.rest, statistics)

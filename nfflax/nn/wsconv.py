@@ -1,7 +1,7 @@
 """Convolutions with Scaled Weight Standardisation (arXiv:2101.08692, section 4.2), and plain ones.
 
-Kernels are standardised per output unit in float32, whatever the compute dtype, then cast. A layer
-does it itself when called; `standardized` does it beforehand for many layers.
+Kernels are standardised per output unit in float32, whatever the compute dtype, then cast. What is
+costly about it a layer does itself when called, or `measured` did it before for many layers.
 """
 
 import functools
@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nfflax.nn.conv import Padding, conv
 from nfflax.nn.init import ONES, ZEROS, Init, fan_in_normal
+from nfflax.nn.lean import lean
 from nfflax.nn.roles import kernel_role, param, vector_role
 
 EpsMode = Literal["floor", "add"]
@@ -34,42 +35,79 @@ def standardize(
     "floor" is the official epsilon, a lower bound on var * fan_in; "add" is timm's, added to the
     variance itself.
     """
-    # Axes of length 1 cost XLA on CPU its fast reductions.
-    window = tuple(axis for axis in range(w.ndim - 1) if w.shape[axis] == 1)
-    return jnp.expand_dims(_standardize(jnp.squeeze(w, window), gain, eps, eps_mode), window)
+    parts: Any = _measured(w, gain, eps, eps_mode)
+    return _formed(*parts)
+
+
+# Standardisation is in two parts: the sums over kernels, which can be taken once per step and over
+# whole stacks, and the rest, done where a kernel is used, in the pass that casts it or copies it
+# from its stack. The gradient of a formed kernel is handed on as it is: `_measured` knows how to
+# make it that of the raw one.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _standardize(w: jax.Array, gain: jax.Array, eps: float, eps_mode: EpsMode) -> jax.Array:
-    return _standardize_forward(w, gain, eps, eps_mode)[0]
+def _measured(w: jax.Array, gain: jax.Array, eps: float, eps_mode: EpsMode):
+    """`w`, and the scale and shift of every unit that `_formed` needs beside it.
+
+    What leading axes the gain has are those of a stack of kernels.
+    """
+    return _measured_forward(w, gain, eps, eps_mode)[0]
 
 
-def _standardize_forward(w: jax.Array, gain: jax.Array, eps: float, eps_mode: EpsMode):
-    axes, fan_in = tuple(range(w.ndim - 1)), w.size // w.shape[-1]
-    mean = jnp.mean(w, axes)
-    var = jnp.mean(jnp.square(w - mean), axes)
+def _measured_forward(w: jax.Array, gain: jax.Array, eps: float, eps_mode: EpsMode):
+    v, axes = _fibres(w, gain)
+    fan_in = math.prod(w.shape[gain.ndim - 1 : -1])
+    mean = jnp.mean(v, axes, keepdims=True)
+    var = jnp.mean(jnp.square(v - mean), axes, keepdims=True)
     if eps_mode == "floor":
         inverse = lax.rsqrt(jnp.maximum(var * fan_in, eps))
         moves = var * fan_in > eps  # at its floor the norm is a constant
     else:
         inverse, moves = lax.rsqrt(var + eps) * fan_in**-0.5, True
-    scale = inverse * gain
-    return w * scale - mean * scale, (w, gain, mean, inverse, moves)
+    scale = inverse * gain.reshape(mean.shape)
+    found = (w, scale.reshape(gain.shape), (mean * scale).reshape(gain.shape))
+    return found, (w, gain, mean, inverse, moves)
 
 
-def _standardize_backward(eps: float, eps_mode: EpsMode, saved, dy: jax.Array):
+def _measured_backward(eps: float, eps_mode: EpsMode, saved, cotangents):
     """Both gradients from two sums per unit, in as few passes over the kernel as there can be."""
     del eps, eps_mode
     w, gain, mean, inverse, moves = saved
-    axes, fan_in = tuple(range(w.ndim - 1)), w.size // w.shape[-1]
-    total = jnp.sum(dy, axes)
-    along = (jnp.sum(dy * w, axes) - total * mean) * inverse
-    scale = inverse * gain
+    (v, axes), (dy, _) = _fibres(w, gain), _fibres(cotangents[0], gain)
+    fan_in = math.prod(w.shape[gain.ndim - 1 : -1])
+    total = jnp.sum(dy, axes, keepdims=True)
+    along = (jnp.sum(dy * v, axes, keepdims=True) - total * mean) * inverse
+    scale = inverse * gain.reshape(mean.shape)
     pull = jnp.where(moves, scale * inverse * along, 0.0)
-    return dy * scale - w * pull + (mean * pull - scale * total / fan_in), along
+    dw = dy * scale - v * pull + (mean * pull - scale * total / fan_in)
+    return dw.reshape(w.shape), along.reshape(gain.shape)
 
 
-_standardize.defvjp(_standardize_forward, _standardize_backward)
+_measured.defvjp(_measured_forward, _measured_backward)
+
+
+def _fibres(w: jax.Array, gain: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+    """The kernels without axes of length 1, and which axes hold the weights of one unit.
+
+    Axes of length 1 cost XLA on CPU its fast reductions.
+    """
+    kept = [axis for axis in range(w.ndim - 1) if w.shape[axis] != 1]
+    v = w.reshape(*(w.shape[axis] for axis in kept), w.shape[-1])
+    return v, tuple(i for i, axis in enumerate(kept) if axis >= gain.ndim - 1)
+
+
+@jax.custom_vjp
+def _formed(w: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """The standardised kernel, or a stack of them."""
+    over = (1,) * (w.ndim - scale.ndim)
+    scale, shift = (v.reshape(*v.shape[:-1], *over, v.shape[-1]) for v in (scale, shift))
+    return w * scale - shift
+
+
+_formed.defvjp(
+    lambda w, scale, shift: (_formed(w, scale, shift), (scale, shift)),
+    lambda vectors, dy: (dy, *map(jnp.zeros_like, vectors)),
+)
 
 
 class Conv(nnx.Module):
@@ -104,20 +142,27 @@ class Conv(nnx.Module):
         self.feature_group_count = feature_group_count
 
     def __call__(self, x_NHWC: jax.Array) -> jax.Array:
-        return self._convolve(x_NHWC, self.kernel[...])
+        def convolve(x_NHWC: jax.Array, *parts: jax.Array) -> jax.Array:
+            return conv(
+                x_NHWC,
+                self._formed(*parts).astype(x_NHWC.dtype),
+                stride=self.strides,
+                padding=self.padding,
+                dilation=self.kernel_dilation,
+                groups=self.feature_group_count,
+            )
 
-    def _convolve(self, x_NHWC: jax.Array, w_HWIO: jax.Array) -> jax.Array:
-        y_NHWC = conv(
-            x_NHWC,
-            w_HWIO.astype(x_NHWC.dtype),
-            stride=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-            groups=self.feature_group_count,
-        )
+        y_NHWC = lean(convolve)(x_NHWC, *self._parts())
         if self.bias is not None:
             y_NHWC = y_NHWC + self.bias[...].astype(x_NHWC.dtype)
         return checkpoint_name(y_NHWC, CONV_OUTPUT)
+
+    def _parts(self) -> tuple[jax.Array, ...]:
+        """What a kernel is formed of."""
+        return (self.kernel[...],)
+
+    def _formed(self, *parts: jax.Array) -> jax.Array:
+        return parts[0]
 
 
 class WSConv(Conv):
@@ -145,26 +190,25 @@ class WSConv(Conv):
         shape = (in_features, out_features, kernel_size, strides)
         super().__init__(*shape, use_bias=True, out_axis=out_axis, rngs=rngs, **geometry)
         self.gain = param(rngs, (out_features,), gain_init, vector_role(out_axis))
-        self.rank = len(kernel_size) + 2
-        self.is_standardized = False  # what `standardized` sets
         self.eps, self.scale = eps, scale
         self.eps_mode: EpsMode = eps_mode
-
-    def __call__(self, x_NHWC: jax.Array) -> jax.Array:
-        return self._convolve(x_NHWC, self.standardized())
+        self.shift: nnx.Param[jax.Array] | None = None  # what `measured` sets
 
     def standardized(self) -> jax.Array:
         """The float32 kernel that the input is convolved with; all of them of stacked layers."""
-        if self.is_standardized:
-            return self.kernel[...]
-        form = functools.partial(standardize, eps=self.eps, eps_mode=self.eps_mode)
-        for _ in range(self.kernel.ndim - self.rank):
-            form = jax.vmap(form)
-        return form(self.kernel[...], self.gain[...] * self.scale)
+        return self._formed(*self._parts())
+
+    def _parts(self) -> tuple[jax.Array, ...]:
+        if self.shift is not None:
+            return self.kernel[...], self.gain[...], self.shift[...]
+        return _measured(self.kernel[...], self.gain[...] * self.scale, self.eps, self.eps_mode)
+
+    def _formed(self, *parts: jax.Array) -> jax.Array:
+        return _formed(*parts)
 
 
-def standardized(part: Part) -> Part:
-    """A copy of any part of a network, stacked or not, with every kernel in it standardised.
+def measured(part: Part) -> Part:
+    """A copy of any part of a network, stacked or not, with every kernel in it measured.
 
     Outside loops over layers and microbatches, and outside what is computed again in the backward
     pass, this is done once, and over whole stacks at a time.
@@ -173,10 +217,11 @@ def standardized(part: Part) -> Part:
     def ready(module: Any) -> Any:
         if not isinstance(module, WSConv):
             return module
-        kernel = module.standardized()
+        kernel, scale, shift = module._parts()
         module = jax.tree.map(lambda leaf: leaf, module)
         module.kernel.set_value(kernel)
-        module.is_standardized = True
+        module.gain.set_value(scale)
+        module.shift = nnx.data(nnx.Param(shift))
         return module
 
     return jax.tree.map(ready, part, is_leaf=lambda module: isinstance(module, WSConv))

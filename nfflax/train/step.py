@@ -10,7 +10,7 @@ from flax import nnx
 
 import nfflax.optim as optim
 from nfflax.data.feed import augmentation
-from nfflax.nn.wsconv import standardized
+from nfflax.nn.wsconv import measured
 from nfflax.optim.factory import Recipe
 from nfflax.pixels import normalize
 from nfflax.spec.run import Run
@@ -31,12 +31,12 @@ def train_step(
     Of the network, which may be abstract, it takes the structure.
     """
     augmented = augmentation(run)
-    graph, ready = nnx.graphdef(model), nnx.graphdef(nnx.eval_shape(standardized, model))
+    graph, ready = nnx.graphdef(model), nnx.graphdef(nnx.eval_shape(measured, model))
 
     def prepare_with(stats: Any) -> Callable[[Any], Any]:
         def prepare(params: Any) -> Any:
-            """Kernels standardised once per step, not once per microbatch."""
-            network = standardized(nnx.merge(graph, params, stats))
+            """Kernels measured once per step, not once per microbatch."""
+            network = measured(nnx.merge(graph, params, stats))
             return nnx.to_pure_dict(nnx.state(network, nnx.Param))
 
         return prepare

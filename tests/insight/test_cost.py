@@ -14,7 +14,7 @@ from nfflax.insight.cost import REMATS, cost, inference_bytes
 from nfflax.insight.segments import activation_bytes
 from nfflax.nn.block import Block
 from nfflax.nn.stage import rematerialized
-from nfflax.nn.wsconv import standardized
+from nfflax.nn.wsconv import measured
 from nfflax.spec.load import load_spec
 from nfflax.spec.plan import plan
 
@@ -90,7 +90,7 @@ def test_the_kernels_that_are_kept_are_those_that_differentiation_asks_for(
     changes = {"attention.kind": "none", "stages.depth": [1, 3]}  # gates are no kernels
     spec = load_spec("nfnet_nano", changes)
     model = nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
-    graph, params = nnx.split(nnx.eval_shape(standardized, model))
+    graph, params = nnx.split(nnx.eval_shape(measured, model))
     params = nnx.to_pure_dict(params)
     shapes = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim >= 4}
     x_NHWC = jax.ShapeDtypeStruct((7, 64, 64, 3), jnp.dtype(dtype))

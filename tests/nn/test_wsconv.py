@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nfflax.nn import WSConv, WSConvTranspose, role_of
-from nfflax.nn.wsconv import standardize, standardized
+from nfflax.nn.wsconv import measured, standardize
 
 # Kernel and stride of transposed layers; every rank meets a few of them, rank 2 meets all.
 GAPS = [(4, 2), (3, 2), (2, 2), (3, 1), (2, 3), (5, 2)]
@@ -147,14 +147,34 @@ def test_gradients_are_those_of_the_formula(shape, eps, eps_mode):
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=3e-6 * scale)
 
 
-def test_stacked_kernels_are_standardised_each_for_itself():
-    keys = nnx.Rngs(0).split(3)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_stacked_kernels_are_standardised_each_for_itself(depth):
+    keys = nnx.Rngs(0).split(depth)
     stack = nnx.vmap(lambda rngs: WSConv(8, 16, (3, 3), feature_group_count=2, rngs=rngs))(keys)
-    ready = standardized({"stack": stack})["stack"]
-    assert ready.kernel.shape == (3, 3, 3, 4, 16)
-    for i in range(3):
+    gains = normals(depth, 16)
+    stack.gain.set_value(gains)
+    ready = measured({"stack": stack})["stack"]
+    kernels = ready.standardized()
+    assert kernels.shape == (depth, 3, 3, 4, 16)
+    for i in range(depth):
         wanted = standardize(stack.kernel[i], stack.gain[i])
-        np.testing.assert_allclose(ready.kernel[i], wanted, rtol=1e-6, atol=1e-7)
-    assert not stack.is_standardized
-    again = standardized(ready)
-    np.testing.assert_array_equal(again.kernel[...], ready.kernel[...])
+        np.testing.assert_allclose(kernels[i], wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(stack.gain[...], gains)
+    np.testing.assert_array_equal(measured(ready).standardized(), kernels)
+
+
+def test_a_layer_measured_before_has_the_gradients_of_one_that_is_not():
+    layer, x = WSConv(8, 16, (3, 3), rngs=nnx.Rngs(0)), normals(2, 6, 6, 8)
+    graph, params = nnx.split(layer)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(prepare, params):
+        def loss(params):
+            y = prepare(nnx.merge(graph, params))(x)
+            return jnp.sum(y * jnp.cos(y))
+
+        return jax.grad(loss)(params)
+
+    wanted, found = gradients(lambda layer: layer, params), gradients(measured, params)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

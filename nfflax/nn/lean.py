@@ -1,0 +1,27 @@
+"""Functions that keep only their arguments for the backward pass."""
+
+from collections.abc import Callable
+
+import jax
+
+
+def lean(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function`, computed anew in the backward pass for what else its gradient needs.
+
+    Autodiff keeps every factor of every product, however cheap, and what any platform's form of a
+    convolution needs; a scanned stage then stacks them all, five times the memory. Where there is
+    no loop XLA still merges what is equal in both passes.
+    """
+
+    @jax.custom_vjp
+    def kept(*arguments: jax.Array) -> jax.Array:
+        return function(*arguments)
+
+    def forward(*arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return function(*arguments), arguments
+
+    def backward(arguments: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(function, *arguments)[1](dy)
+
+    kept.defvjp(forward, backward)
+    return kept
