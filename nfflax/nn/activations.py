@@ -4,6 +4,7 @@
 the function, so that equal networks compare equal and never retrace.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,8 +45,7 @@ def register_activation(name: str, function: Function, gamma: float | None = Non
     """Make `function` available to specs as `name`. Without `gamma` it is found by quadrature."""
     if name in _registry:
         raise ValueError(f"activation {name!r} is already registered")
-    found = gamma_of(function) if gamma is None else float(gamma)
-    activation = Activation(lean(function), found)
+    activation = Activation(function, gamma_of(function) if gamma is None else float(gamma))
     _registry[name] = activation
     add_activation_name(name)
     return activation
@@ -54,6 +54,15 @@ def register_activation(name: str, function: Function, gamma: float | None = Non
 def get_activation(name: str) -> Activation:
     """The activation called `name`."""
     return _registry[name]
+
+
+@functools.cache
+def saving(function: Function) -> Function:
+    """`function` in the form that leaves less for the backward pass: autodiff's, or its input."""
+    x = jax.ShapeDtypeStruct((1,), jnp.float32)
+    left = jax.eval_shape(lambda x: jax.vjp(function, x)[1], x)
+    bytes = sum(array.dtype.itemsize for array in jax.tree.leaves(left) if array.shape == x.shape)
+    return lean(function) if bytes > x.dtype.itemsize else function
 
 
 def gamma_of(function: Function, tolerance: float = 1e-12) -> float:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from nfflax.nn.activations import get_activation
+from nfflax.nn.activations import get_activation, saving
 from nfflax.nn.attention import EfficientChannelAttention, SqueezeExcite
 from nfflax.nn.conv import resolve_padding
 from nfflax.nn.init import ONES, ZEROS
@@ -48,7 +48,7 @@ class Activate(nnx.Module):
             normed_NHWC = self.norm(x_NHWC, use_running_average=not train)
             x_NHWC = normed_NHWC.astype(x_NHWC.dtype)
         activation = get_activation(self.name)
-        y_NHWC = activation.function(x_NHWC)
+        y_NHWC = saving(activation.function)(x_NHWC)
         return y_NHWC * activation.gamma if self.scaled else y_NHWC
 
 
