@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nfflax
-from nfflax.nn.activations import get_activation
+from nfflax.nn.activations import get_activation, saving
 from nfflax.spec.activations import PUBLISHED_GAMMAS, QUADRATURE_GAMMAS, activation_names
 
 ERF = math.erf
@@ -45,6 +45,23 @@ def test_other_gammas_are_exact(name):
     activation = get_activation(name)
     assert activation.gamma == QUADRATURE_GAMMAS[name]
     assert activation.gamma == pytest.approx(nfflax.gamma_of(activation.function), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_GAMMAS)
+def test_an_activation_leaves_one_map_at_most_and_has_its_own_gradient(name):
+    function = get_activation(name).function
+    x = jnp.linspace(-4.0, 4.0, 24).reshape(2, 12)
+
+    @jax.jit
+    def both(x):
+        (y, pull), (wanted, wanted_pull) = (jax.vjp(f, x) for f in (saving(function), function))
+        dy = jnp.cos(x)
+        return (y, *pull(dy)), (wanted, *wanted_pull(dy))
+
+    found, wanted = both(x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    left = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(saving(function), x)[1], x))
+    assert sum(a.size * a.dtype.itemsize for a in left) <= x.size * 4
 
 
 def test_a_registered_activation_works_in_a_spec():

@@ -88,6 +88,18 @@ def test_equals_xla(rank, kernel, stride, dilation, groups, padding, size):
     assert_close(found, value_and_gradients(lambda x, w: reference(x, w, **how), x, w))
 
 
+@pytest.mark.parametrize(
+    ("groups", "stride", "dilation", "size"), [(6, 1, 1, 9), (7, 1, 2, 6), (7, 2, 1, 7)]
+)
+def test_many_groups_in_turns_equal_xla(groups, stride, dilation, size):
+    """Two groups of 16 channels a turn, and of seven groups one is left over."""
+    x, w = operands(2, 3, groups, size, channels=16 * groups)
+    how = {"stride": stride, "dilation": dilation, "groups": groups}
+    found = value_and_gradients(lambda x, w: conv_function(x, w, **how), x, w)
+    wanted = value_and_gradients(lambda x, w: reference(x, w, **how, padding="same"), x, w)
+    assert_close(found, wanted)
+
+
 def test_explicit_padding_is_taken_as_given():
     x, w = operands(2, 3, 1, 6)
     found = conv_function(x, w, padding=[(0, 2), (1, 0)])
@@ -185,13 +197,15 @@ def sharded_gradients(f, x, w, mesh, batch, output):
         *((4, m) for m in MESHES[::4]),
         *(pytest.param(4, m, marks=pytest.mark.slow) for i, m in enumerate(MESHES) if i % 4),
         (2, (2, 2, 2)),
+        (6, (2, 2, 2)),
         pytest.param(16, (1, 2, 4), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("form", [conv_function, general], ids=["cpu", "general"])
 def test_grouped_gradients_equal_one_devices(form, groups, shape):
     """The plain grouped convolution fails this silently, by the size of an idle mesh axis."""
-    x, w = normals((8, 4, 4, 16), (3, 3, 16 // groups, 16))
+    channels = 96 if groups == 6 else 16  # so that the CPU's form takes them in turns
+    x, w = normals((8, 4, 4, channels), (3, 3, channels // groups, channels))
     wanted = value_and_gradients(
         lambda x, w: reference(x, w, stride=1, dilation=1, groups=groups, padding="same"), x, w
     )
@@ -262,10 +276,10 @@ def test_inside_a_shard_map_the_convolution_is_local():
     assert_close(jax.jit(local)(x, w), wanted, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_gradients_taken_inside_a_shard_map_are_summed_over_it(groups):
+@pytest.mark.parametrize(("groups", "channels"), [(1, 16), (4, 16), (6, 96)])
+def test_gradients_taken_inside_a_shard_map_are_summed_over_it(groups, channels):
     """A kernel that all shards share gets the gradient of all: autodiff's rule in `shard_map`."""
-    x, w = operands(2, 3, groups, 6)
+    x, w = operands(2, 3, groups, 6, channels)
     x = jnp.concatenate([x, x[:1]])
 
     def gradient(x, w):
