@@ -98,7 +98,7 @@ def cost(
 
     `resolution` is the spec's train resolution unless given; a ready Plan brings its own.
     `on_cpu` counts as XLA compiles for CPUs, which keeps more outside loops: it recomputes all
-    transition blocks before it needs the first, so that remat saves nothing of theirs.
+    blocks there before it needs the first, so that remat saves nothing of theirs.
     """
     if isinstance(spec, Plan):
         network = spec

@@ -106,11 +106,7 @@ def estimate(
     macs = 3 * network.macs() * passes
     if exchanges is None:
         exchanges = _exchanges(run, network, mesh, rows)
-    # Microbatches share standardised kernels: those that remat would keep, whatever the policy.
-    shared = 0.0
-    if accumulate > 1 and not run.sam.rho:
-        shared = _standardized(_counted(spec, rows, run.model.dtype, "conv"))
-    live = _live(counted, share, shared)
+    live = _live(counted, share)
     accumulated = weights if accumulate > 1 else 0
     batch = run.train.batch_size
     return Estimate(
@@ -126,24 +122,14 @@ def estimate(
     )
 
 
-def _live(counted: Cost, share: float, shared: float) -> float:
-    """The most bytes besides the state that live at once where weights are split.
-
-    `shared` are those of standardised kernels that stay until the step's end.
-    """
-    most, gradients, kernels = 0.0, 0, _standardized(counted)
-    # A device counted by itself holds gradients and kernels whole; here they are split.
+def _live(counted: Cost, share: float) -> float:
+    """The most bytes besides the state that live at once where weights are split."""
+    most, gradients = 0.0, 0
+    # A device counted by itself holds gradients whole; here they are split.
     for segment, (_, bytes) in zip(reversed(counted.segments), counted.timeline(), strict=True):
         gradients += segment.gradients
-        split = gradients + max(kernels, shared)
-        most = max(most, bytes - gradients - kernels + share * split)
-        kernels -= segment.standardized
+        most = max(most, bytes - (1 - share) * gradients)
     return most
-
-
-def _standardized(counted: Cost) -> float:
-    """Bytes of the standardised kernels that are kept."""
-    return sum(segment.standardized for segment in counted.segments)
 
 
 def _exchanges(run: Run, network: Plan, mesh: Mapping[str, int], rows: int) -> list[Collective]:

@@ -1,9 +1,10 @@
 """A network cut into segments, with the bytes that each of them leaves in a train step.
 
 A segment is the stem, a stage's transition block, the stack of a stage's equal blocks, or the head.
-Stacks run as loops, and what a loop keeps is exactly what automatic differentiation asks for.
-Outside loops, where a stack of one block is too, the compiler computes cheap pieces again.
-docs/cost.md has the comparison with compiled programs that these rules come from.
+Stacks run as loops, and what a loop keeps is exactly what automatic differentiation asks for: with
+layers that leave their arguments only (nn/lean.py) that is their input maps. Outside loops, where a
+stack of one block is too, XLA's CPU compiler keeps more: it merges what is computed in the forward
+pass and again in the backward pass. docs/cost.md has the comparison with compiled programs.
 """
 
 import functools
@@ -18,11 +19,6 @@ Remat = Literal["none", "block", "conv"]
 Dtype = Literal["float32", "bfloat16"]
 
 FLOAT32 = 4  # bytes of parameters, gradients and statistics in any case
-# Maps that a GELU leaves outside loops in compiled programs, where tracing finds four or five. For
-# TPUs that is its input: XLA computes all else as part of the convolution that uses it. For CPUs it
-# keeps the hyperbolic tangent and one product, too.
-_FUSED_MAPS = 1
-_FUSED_MAPS_ON_CPU = 3
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,6 @@ class Segment:
     """Multiply-adds of one image, forward."""
     kept: float
     """What the forward pass leaves for the backward pass."""
-    standardized: float
-    """Of what is kept, float32 kernels: on a mesh they are split as parameters are."""
     working: float
     """What the backward pass of one of its blocks needs besides, recomputed maps included."""
     recomputed_macs: float
@@ -109,104 +103,121 @@ class Counter:
         for i, conv in enumerate(convs):
             inputs = area(size) * conv.in_channels
             size = strided(size, conv.stride)
-            kept += inputs * (self.item + (self._activation(in_loop=False) if i else 0))
+            kept += inputs * (self._activation(in_loop=False) if i else 0)
+            kept += inputs * self._patches(conv.kernel, conv.stride) * self.item
             largest = max(largest, inputs, area(size) * conv.out_channels)
         if self.plan.spec.stem.pool == "max":
             kept += area(size) * convs[-1].out_channels * self.item
         params, macs = _totals(convs)
-        cast, standardized = self._cast(params), self._standardized(params, remat=False)
-        kept_bytes = self.batch * kept + cast + standardized
+        kept_bytes = self.batch * kept + self._formed(params)
         working = 2 * self.batch * largest * self.item
-        return Segment("stem", None, params, macs, kept_bytes, standardized, working, 0.0)
+        return Segment("stem", None, params, macs, kept_bytes, working, 0.0)
 
     def _blocks(self, blocks: tuple[BlockPlan, ...], first: int, size: tuple[int, int]) -> Segment:
         """Equal blocks, of which `first` is the place in their stage; more than one are a loop."""
         block, count = blocks[0], len(blocks)
         shape, in_loop = Shape.of(block, size), count > 1
-        maps = self.batch * self._all_maps(block, shape, in_loop=in_loop)
-        cast, kernels = self._cast(block.params), block.params - self._attention(block)
-        standardized = self._standardized(kernels, remat=False)
-        kept = maps + cast + standardized
+        gate, copied = self._gate(block), self._copied(block)
+        kept = self.batch * self._all_maps(block, shape, in_loop=in_loop)
+        kept += copied + self._cast(gate)
+        if not in_loop:
+            kept += self._formed(block.params - gate)
         working = 2 * self.batch * max(shape.inputs, shape.outputs, shape.wide_mid) * self.item
         recomputed = 0.0
         if self.remat != "none":
-            left_maps = self.batch * self._left_maps(block, shape)
+            left = self.batch * self._left_maps(block, shape) + copied
             # The convolutions' outputs are there under "conv": only what is cheap is done again.
             recomputed = sum(b.macs for b in blocks) if self.remat == "block" else 0.0
-            if first or not self.on_cpu:
-                working += maps - left_maps + cast
-                standardized = self._standardized(kernels, remat=True)
-                kept = left_maps + standardized
+            if in_loop or not self.on_cpu:
+                working += kept - left
+                kept = left
         places = f"{first}-{first + count - 1}" if in_loop else str(first)
         name = f"stage {block.stage}.{places}"
-        left = count * kept, count * standardized
-        return Segment(name, block.stage, *_totals(blocks), *left, working, recomputed)
+        return Segment(name, block.stage, *_totals(blocks), count * kept, working, recomputed)
 
     def _all_maps(self, block: BlockPlan, shape: Shape, *, in_loop: bool) -> float:
         """Bytes of what a block leaves when nothing is recomputed, one image."""
-        spec, item = self.plan.spec, self.item
+        item = self.item
         activated = item + self._activation(in_loop=in_loop)  # each feeds a convolution
         spatial = shape.wide_mid + (block.spatial_convs - 1) * shape.mid
         kept = activated * (shape.inputs + spatial + shape.mid)
+        kept += item * shape.wide_mid * (self._patches(block.kernel, block.stride) - 1)
         if block.projection and shape.pooled != shape.inputs:
             kept += item * shape.pooled
-        if spec.attention.kind != "none":  # the gate's gradient needs what it is multiplied with
-            inside = spec.attention.position == "inside"
-            kept += item * (shape.mid if inside else shape.outputs)
-        if spec.block.skip_gain != "none":  # and so does the skip gain's
-            kept += item * shape.outputs
-        return kept
+        if self._attends("inside"):  # the gate's gradient needs what it is multiplied with
+            kept += item * shape.mid
+        return kept + item * self._scaled(shape)
 
     def _left_maps(self, block: BlockPlan, shape: Shape) -> float:
         """Bytes of what a block leaves under remat, one image: its input, and its convolutions."""
         if self.remat == "block":
             return shape.inputs * self.item
-        spec, spatial = self.plan.spec, block.spatial_convs * shape.mid
-        after = spec.attention.kind != "none" and spec.attention.position == "after"
-        # Only a gate or a gain after the last convolution needs its output.
-        outputs = shape.outputs if after or spec.block.skip_gain != "none" else 0
-        return (shape.inputs + shape.wide_mid + spatial + outputs) * self.item
+        spatial = block.spatial_convs * shape.mid
+        return (shape.inputs + shape.wide_mid + spatial + self._scaled(shape)) * self.item
+
+    def _scaled(self, shape: Shape) -> int:
+        """Numbers in the last convolution's output, where a gate or a gain after it needs them."""
+        has_gain = self.plan.spec.block.skip_gain != "none"
+        return shape.outputs if has_gain or self._attends("after") else 0
+
+    def _attends(self, position: str) -> bool:
+        """Whether blocks have a gate there."""
+        attention = self.plan.spec.attention
+        return attention.kind != "none" and attention.position == position
 
     def _head(self, size: tuple[int, int]) -> Segment:
         parts = [part for part in (self.plan.final_conv, self.plan.classifier) if part]
         kept = largest = area(size) * self.plan.num_features * self._activation(in_loop=False)
-        cast = standardized = 0.0
+        kernels = 0
         if conv := self.plan.final_conv:
             kept += area(size) * conv.in_channels * self.item
-            cast = self._cast(conv.params)
-            standardized = self._standardized(conv.params, remat=False)
+            kernels = self._formed(conv.params)
         params, macs = _totals(parts)
         params += self.plan.head_norm_params
-        left = self.batch * kept + cast + standardized, standardized
-        return Segment("head", None, params, macs, *left, self.batch * largest, 0.0)
+        kept_bytes = self.batch * kept + kernels
+        return Segment("head", None, params, macs, kept_bytes, self.batch * largest, 0.0)
 
     def _activation(self, *, in_loop: bool) -> float:
         """Bytes per number that an activation leaves, with the norm it may begin with."""
         traced = activation_bytes(self.plan, self.dtype)
-        fused = _FUSED_MAPS_ON_CPU if self.on_cpu else _FUSED_MAPS
-        return traced if in_loop else min(traced, fused * self.item)
+        if in_loop:
+            return traced
+        # The input, from which XLA computes the rest; on a CPU a GELU's hyperbolic tangent, too.
+        return min(traced, self.item) * (2 if self.on_cpu else 1)
 
-    def _standardized(self, kernels: float, *, remat: bool) -> float:
-        """Of kernels standardised in float32, once per step. What is computed again needs them."""
-        if self.plan.spec.norm.kind == "batch" or not (remat or self.item == FLOAT32):
-            return 0.0
-        return kernels * FLOAT32
+    def _patches(self, kernel: int, stride: int) -> float:
+        """How much larger than its input is what a convolution outside loops keeps of it.
 
-    def _cast(self, weights: float) -> float:
-        """Of weights in a compute type that is not float32."""
-        return weights * self.item if self.item < FLOAT32 else 0.0
+        On a CPU a strided one keeps what each position of the kernel sees (nn/conv_cpu.py).
+        """
+        return (kernel / stride) ** 2 if self.on_cpu and stride > 1 else 1.0
 
-    def _attention(self, block: BlockPlan) -> int:
+    def _gate(self, block: BlockPlan) -> int:
         """Weights of a block's gate, which are no kernels."""
         squeezes = self.plan.spec.attention.kind == "se"
         return 2 * block.attention_width * block.attention_hidden if squeezes else 0
+
+    def _formed(self, kernels: int) -> int:
+        """Bytes of kernels outside loops, standardised and in the compute type, on a CPU."""
+        as_stored = self.plan.spec.norm.kind == "batch" and self.item == FLOAT32
+        return kernels * self.item if self.on_cpu and not as_stored else 0
+
+    def _copied(self, block: BlockPlan) -> int:
+        """Bytes of kxk kernels, which XLA copies to the layout that it convolves in."""
+        taps = block.kernel**2
+        weights = block.spatial_convs * taps * block.mid_channels**2 // block.groups
+        return weights * FLOAT32 if taps > 1 else 0
+
+    def _cast(self, weights: int) -> int:
+        """Bytes of weights in a compute type that is not float32."""
+        return weights * self.item if self.item < FLOAT32 else 0
 
 
 @functools.cache
 def activation_bytes(plan: Plan, dtype: Dtype) -> int:
     """Bytes per number of its input that a network's activation leaves for the backward pass.
 
-    Asked of JAX, by tracing; so it holds for BatchNorm and for registered activations, too.
+    Asked of JAX, by tracing a loop; so it holds for BatchNorm and for registered activations, too.
     """
     import jax
     import jax.numpy as jnp
@@ -216,11 +227,14 @@ def activation_bytes(plan: Plan, dtype: Dtype) -> int:
 
     x_NHWC = jax.ShapeDtypeStruct((2, 3, 5, 7), jnp.dtype(dtype))
 
-    def activate(x_NHWC: jax.Array) -> jax.Array:
-        return Activate(plan.spec, x_NHWC.shape[-1], rngs=nnx.Rngs(0))(x_NHWC, True)
+    def activate(x_NHWC: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return Activate(plan.spec, x_NHWC.shape[-1], rngs=nnx.Rngs(0))(x_NHWC, True), None
 
-    left = jax.eval_shape(lambda x: jax.vjp(jax.jit(activate), x)[1], x_NHWC)
-    return sum(a.dtype.itemsize for a in jax.tree.leaves(left) if a.shape == x_NHWC.shape)
+    def repeated(x_NHWC: jax.Array) -> jax.Array:
+        return jax.lax.scan(activate, x_NHWC, length=11)[0]
+
+    left = jax.tree.leaves(jax.eval_shape(lambda x_NHWC: jax.vjp(repeated, x_NHWC)[1], x_NHWC))
+    return sum(a.dtype.itemsize for a in left if a.shape == (11, *x_NHWC.shape))
 
 
 def _totals(parts: Sequence[ConvPlan | BlockPlan]) -> tuple[int, float]:

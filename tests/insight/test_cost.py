@@ -1,6 +1,8 @@
 """Counted costs: whole in their parts, true to compiled programs, and what remat trades."""
 
+import collections
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -20,27 +22,17 @@ from nfflax.spec.plan import plan
 
 # Temporary bytes of train steps compiled for one CPU device, as docs/cost.md has them.
 COMPILED = [
-    ("nfnet_f0", 8, 192, "none", 1_952_008_880),
-    ("nfnet_f0", 8, 192, "conv", 1_383_878_272),
-    ("nfnet_f0", 8, 192, "block", 1_290_195_584),
-    ("nfnet_f0", 64, 192, "none", 12_047_703_408),
-    ("nfnet_f0", 64, 192, "conv", 8_075_163_904),
-    ("nfnet_f0", 64, 192, "block", 7_376_146_944),
-    ("nfnet_f1", 32, 224, "none", 16_377_222_992),
-    ("nfnet_f1", 32, 224, "conv", 8_126_481_280),
-    ("nfnet_f1", 32, 224, "block", 6_609_746_176),
+    ("nfnet_f0", 8, 192, "none", 1_264_569_792),
+    ("nfnet_f0", 8, 192, "conv", 1_170_105_920),
+    ("nfnet_f0", 8, 192, "block", 1_076_976_128),
+    ("nfnet_f0", 64, 192, "none", 7_806_251_456),
+    ("nfnet_f0", 64, 192, "conv", 7_068_896_960),
+    ("nfnet_f0", 64, 192, "block", 6_333_086_784),
+    ("nfnet_f1", 32, 224, "none", 8_588_967_936),
+    ("nfnet_f1", 32, 224, "conv", 7_036_172_544),
+    ("nfnet_f1", 32, 224, "block", 5_523_056_064),
 ]
 FAMILIES = ["nfnet_f0", "nf_regnet_b1", "resnet50_bn", "timm_eca_nfnet_l0", "nf_resnet50"]
-
-
-def convolved(x, w, *, stride=1, padding="same", dilation=1, groups=1):
-    """`nfflax.nn.conv.conv` without a choice of platform."""
-    strides = (stride, stride) if isinstance(stride, int) else stride
-    pads = "SAME" if padding == "same" else [(k // 2, k // 2) for k in w.shape[:2]]
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, w, strides, pads, dimension_numbers=layout, feature_group_count=groups
-    )
 
 
 @pytest.mark.parametrize(("name", "batch", "side", "remat", "compiled"), COMPILED)
@@ -53,9 +45,7 @@ def test_a_train_step_is_counted_within_a_fifth_of_what_was_compiled(
 
 @pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_a_stack_keeps_what_differentiation_asks_for(name, remat, monkeypatch):
-    """Maps only; one convolution for all platforms, or tracing would find those of each."""
-    monkeypatch.setattr("nfflax.nn.wsconv.conv", convolved)
+def test_a_stack_keeps_what_differentiation_asks_for(name, remat):
     spec = load_spec(name, {"regularization.stochastic_depth": 0.0})
     network = plan(spec, resolution=64)
     block = network.stages()[2][1]
@@ -81,18 +71,27 @@ def test_a_stack_keeps_what_differentiation_asks_for(name, remat, monkeypatch):
     assert kept == found * (len(network.stages()[2]) - 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("remat", ["none", "conv"])
-def test_the_kernels_that_are_kept_are_those_that_differentiation_asks_for(
-    remat, dtype, monkeypatch
-):
-    monkeypatch.setattr("nfflax.nn.wsconv.conv", convolved)
-    changes = {"attention.kind": "none", "stages.depth": [1, 3]}  # gates are no kernels
-    spec = load_spec("nfnet_nano", changes)
+def wide_kernels(network):
+    """Bytes of the kernels of blocks that see more than one pixel."""
+    block_kernels = (
+        b.spatial_convs * b.kernel**2 * b.mid_channels * (b.mid_channels // b.groups)
+        for b in network.blocks
+    )
+    return 4 * sum(block_kernels)
+
+
+@pytest.mark.parametrize(
+    ("remat", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("conv", "bfloat16")]
+)
+def test_the_weights_that_are_kept_are_those_that_differentiation_asks_for(remat, dtype):
+    """No kernels, and gates where they are cast and not computed again. Copies come on top."""
+    spec = load_spec("nfnet_nano", {"stages.depth": [1, 3]})
     model = nnx.eval_shape(lambda: build(spec, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
     graph, params = nnx.split(nnx.eval_shape(measured, model))
     params = nnx.to_pure_dict(params)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim >= 4}
+    known = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params))
+    stages = {leaf.shape for leaf in jax.tree.leaves(params["stages"])}
+    shapes = {shape for shape in stages if math.prod(shape) > 2 * max(shape, default=1)}  # matrices
     x_NHWC = jax.ShapeDtypeStruct((7, 64, 64, 3), jnp.dtype(dtype))
 
     def left(params, x_NHWC):
@@ -103,9 +102,11 @@ def test_the_kernels_that_are_kept_are_those_that_differentiation_asks_for(
         return jax.vjp(run, params, x_NHWC)[1]
 
     arrays = jax.tree.leaves(jax.eval_shape(left, params, x_NHWC))
-    found = sum(a.size * a.dtype.itemsize for a in arrays if a.shape in shapes)
+    found = collections.Counter((a.shape, a.dtype) for a in arrays if a.shape in shapes)
+    kept = sum((found - known)[key] * math.prod(key[0]) * key[1].itemsize for key in found)
+    assert (kept > 0) == (remat == "none" and dtype == "bfloat16")
     one, two = (cost(spec, batch=n, remat=remat, dtype=dtype).kept for n in (1, 2))
-    assert 2 * one - two == pytest.approx(found, rel=0.03)  # gains and biases are in the count
+    assert 2 * one - two == kept + wide_kernels(plan(spec))
 
 
 @pytest.mark.slow
@@ -156,13 +157,20 @@ def test_the_peak_is_the_fullest_moment_and_holds_all_that_was_kept():
     assert last_gradients == 4 * counted.plan.params
 
 
-def test_memory_grows_with_the_batch_but_for_kernels():
-    two, four, eight = (cost("nfnet_f0", batch=n).kept for n in (2, 4, 8))
-    assert eight - four == pytest.approx(2 * (four - two))
+def test_memory_grows_with_the_batch_but_for_copied_kernels():
     network = plan("nfnet_f0")
-    attention = sum(2 * b.attention_width * b.attention_hidden for b in network.blocks)
-    standardised = network.params - attention - getattr(network.classifier, "params", 0)
-    assert two - (four - two) == 4 * standardised
+    two, four = (cost("nfnet_f0", batch=n).kept for n in (2, 4))
+    assert 2 * two - four == pytest.approx(wide_kernels(network))
+
+
+def test_a_cpu_keeps_the_kernels_outside_loops():
+    network = plan("nfnet_f0")
+    two, four = (cost("nfnet_f0", batch=n, on_cpu=True).kept for n in (2, 4))
+    alone = [stage[0] for stage in network.stages()] + [network.stages()[1][1]]  # a stack of one
+    gates = sum(2 * block.attention_width * block.attention_hidden for block in alone)
+    convs = *network.stem, *filter(None, [network.final_conv])
+    formed = sum(part.params for part in (*convs, *alone)) - gates
+    assert 2 * two - four == pytest.approx(4 * formed + wide_kernels(network))
 
 
 def test_halves_of_the_type_are_halves_of_the_maps():
@@ -178,22 +186,17 @@ def test_halves_of_the_type_are_halves_of_the_maps():
 def test_on_a_cpu_remat_saves_less():
     for remat in ("conv", "block"):
         late, early = (cost("nfnet_f0", remat=remat, on_cpu=e) for e in (False, True))
-        assert late.peak < early.peak < cost("nfnet_f0").peak
+        assert late.peak < early.peak < cost("nfnet_f0", on_cpu=True).peak
 
 
 @pytest.mark.parametrize(
-    ("name", "activation", "maps"),
-    [
-        ("nfnet_f0", "identity", {0}),
-        ("nfnet_f0", "gelu", {4, 5}),  # jax 0.12 no longer saves the input twice
-        ("timm_nfnet_l0", "silu", {3}),
-    ],
+    ("activation", "single", "half"),
+    [("identity", 0, 0), ("gelu", 4, 2), ("silu", 4, 2)],
 )
-def test_what_activations_leave(name, activation, maps):
-    network = plan(load_spec(name, {"numerics.activation": activation}))
-    single, half = (activation_bytes(network, dtype) for dtype in ("float32", "bfloat16"))
-    assert single / 4 in maps
-    assert half * 2 == single
+def test_activations_leave_their_input_or_less(activation, single, half):
+    network = plan(load_spec("nfnet_f0", {"numerics.activation": activation}))
+    found = [activation_bytes(network, dtype) for dtype in ("float32", "bfloat16")]
+    assert found == [single, half]
 
 
 def test_batch_normalisation_leaves_more_than_the_activation_alone():
