@@ -58,10 +58,17 @@ def get_activation(name: str) -> Activation:
 
 @functools.cache
 def saving(function: Function) -> Function:
-    """`function` in the form that leaves less for the backward pass: autodiff's, or its input."""
+    """`function` in the form that leaves less for the backward pass: autodiff's, or its input.
+
+    What autodiff leaves is asked of a loop, where constants are not among it.
+    """
     x = jax.ShapeDtypeStruct((1,), jnp.float32)
-    left = jax.eval_shape(lambda x: jax.vjp(function, x)[1], x)
-    bytes = sum(array.dtype.itemsize for array in jax.tree.leaves(left) if array.shape == x.shape)
+
+    def repeated(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (function(x), None), x, length=2)[0]
+
+    left = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(repeated, x)[1], x))
+    bytes = sum(array.dtype.itemsize for array in left if array.shape == (2, 1))
     return lean(function) if bytes > x.dtype.itemsize else function
 
 
