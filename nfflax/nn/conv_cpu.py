@@ -12,7 +12,7 @@ Hessian-vector product take the gradient of a gradient.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -177,12 +177,8 @@ def _dx_mirrored(
 ) -> jax.Array:
     """The mirrored kernel over dy."""
     del strides
-    dx_pads = []
-    for n, m, k, d, p in zip(
-        x.shape[1:-1], dy.shape[1:-1], w.shape[:-2], dilations, pads, strict=True
-    ):
-        reach = (k - 1) * d
-        dx_pads.append((reach - p[0], n - m + p[0]))
+    sizes = _sizes(x, w, dy, pads, dilations)
+    dx_pads = [(reach - before, n - m + before) for n, m, reach, before in sizes]
     mirrored = jnp.flip(w, tuple(range(w.ndim - 2))).swapaxes(-1, -2)
     return _padded(dy, mirrored, dx_pads, strides=(1,) * len(pads), dilations=dilations)
 
@@ -192,14 +188,20 @@ def _dw_correlated(
 ) -> jax.Array:
     """dy over x, the batch playing the channels."""
     del strides
-    dw_pads = []
-    for n, m, k, d, p in zip(
-        x.shape[1:-1], dy.shape[1:-1], w.shape[:-2], dilations, pads, strict=True
-    ):
-        dw_pads.append((p[0], (k - 1) * d + m - n - p[0]))
+    sizes = _sizes(x, w, dy, pads, dilations)
+    dw_pads = [(before, reach + m - n - before) for n, m, reach, before in sizes]
     images, kernels = x.swapaxes(0, -1), jnp.moveaxis(dy, 0, -2)
     dw = _padded(images, kernels, dw_pads, strides=dilations, dilations=(1,) * len(pads))
     return jnp.moveaxis(dw, 0, -2)
+
+
+def _sizes(
+    x: jax.Array, w: jax.Array, dy: jax.Array, pads: Pads, dilations: Ints
+) -> Iterator[tuple[int, int, int, int]]:
+    """Along each axis: pixels of x and of dy, how far the window reaches, the padding before."""
+    axes = zip(x.shape[1:-1], dy.shape[1:-1], w.shape[:-2], dilations, pads, strict=True)
+    for n, m, k, d, (before, _) in axes:
+        yield n, m, (k - 1) * d, before
 
 
 def _dx_of_columns(

@@ -192,7 +192,8 @@ class WSConv(Conv):
         self.gain = param(rngs, (out_features,), gain_init, vector_role(out_axis))
         self.eps, self.scale = eps, scale
         self.eps_mode: EpsMode = eps_mode
-        self.shift: nnx.Param[jax.Array] | None = None  # what `measured` sets
+        # `measured` sets it, and puts the scale that goes with it in the gain's place.
+        self.shift: nnx.Param[jax.Array] | None = None
 
     def standardized(self) -> jax.Array:
         """The float32 kernel that the input is convolved with; all of them of stacked layers."""
