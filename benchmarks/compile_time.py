@@ -24,11 +24,11 @@ from peers.contestants import ALL
 from peers.driver import PATHS, this_machine
 
 import nfflax
+from nfflax.insight.rehearsal import TPU_ENVIRONMENT
 
 FORMS = {"scanned": 1, "unrolled": ALL}
 PARTS = "trace", "lower", "compile"
 HEADER = "network", "form", *PARTS, "CPU s", "from the cache", "CPU s again"
-TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # ask no metadata server
 
 Seconds = dict[str, dict[str, float]]
 """By part: "wall" and "cpu"."""
@@ -91,7 +91,7 @@ def measure(network: str, form: str, args: argparse.Namespace) -> tuple[Seconds,
 
 def compiled(asked: dict[str, Any], cache: str) -> Seconds:
     """The seconds of one compilation; it leaves its program in a folder or takes it from there."""
-    environment = os.environ | TPU
+    environment = os.environ | TPU_ENVIRONMENT
     environment |= {
         "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
         "JAX_PLATFORMS": "cpu",

@@ -3,18 +3,17 @@
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 import nfflax
 from nfflax.insight.aot import abstract_batch, training_run
+from nfflax.insight.rehearsal import devices_of
 from nfflax.spec.load import load_run
 from nfflax.train.mesh import make_mesh
 from nfflax.train.program import make_program
-from peers.harness import cpu_seconds
+from peers.harness import timed
 
 
 def main() -> None:
@@ -22,7 +21,7 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
-    devices = _devices(asked["topology"])
+    devices = devices_of(asked["topology"] or 1)
     run = training_run(
         nfflax.load_spec(asked["network"]),
         batch=asked["batch"] * len(devices),
@@ -36,25 +35,11 @@ def main() -> None:
     step: Any = program.train_step
     with jax.set_mesh(mesh):
         arguments = program.abstract, abstract_batch(program)
-        traced, trace = _timed(lambda: step.trace(*arguments))
-        lowered, lower = _timed(traced.lower)
-        _, compile = _timed(lowered.compile)
-    print(json.dumps({"trace": trace, "lower": lower, "compile": compile}), file=answers)
-
-
-def _devices(topology: str) -> list[Any]:
-    if not topology:
-        return jax.devices()[:1]
-    from jax.experimental import topologies
-
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return list(described.devices)
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    result = call()
-    return result, {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu}
+        traced, *trace = timed(lambda: step.trace(*arguments))
+        lowered, *lower = timed(traced.lower)
+        _, *compile = timed(lowered.compile)
+    spent = {"trace": trace, "lower": lower, "compile": compile}
+    print(json.dumps({part: {"wall": w, "cpu": c} for part, (w, c) in spent.items()}), file=answers)
 
 
 if __name__ == "__main__":

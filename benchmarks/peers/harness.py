@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from peers.job import Job, Ready
 
+Result = TypeVar("Result")
 Run = Callable[[int], None]
 """Runs so many steps, and returns when all is computed."""
 
@@ -54,17 +56,15 @@ def serve(prepare: Callable[[Job], Program]) -> None:
         raise
     answer(ready=asdict(ready))
     for line in sys.stdin:
-        wall, cpu = _timed(functools.partial(run, int(line.split()[1])))
+        _, wall, cpu = timed(functools.partial(run, int(line.split()[1])))
         answer(wall=wall, cpu=cpu)
 
 
 def _make_ready(program: Program) -> tuple[Run, Ready]:
-    made: list[Run] = []
-    compile_wall, compile_cpu = _timed(lambda: made.append(program.compile()))
-    run = made[0]
+    run, compile_wall, compile_cpu = timed(program.compile)
     _forget_memory()
     run(1)
-    step_wall, _ = _timed(lambda: run(1))
+    _, step_wall, _ = timed(lambda: run(1))
     return run, Ready(
         compile_wall=compile_wall if program.compiles else 0.0,
         compile_cpu=compile_cpu if program.compiles else 0.0,
@@ -77,14 +77,14 @@ def _make_ready(program: Program) -> tuple[Run, Ready]:
     )
 
 
-def _timed(call: Callable[[], None]) -> tuple[float, float]:
-    """Seconds by the clock and of CPU time, of all threads and of ended child processes."""
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    call()
-    return time.perf_counter() - wall, cpu_seconds() - cpu
+def timed(call: Callable[[], Result]) -> tuple[Result, float, float]:
+    """What a call returns, its seconds by the clock and its CPU seconds."""
+    wall, cpu = time.perf_counter(), _cpu_seconds()
+    result = call()
+    return result, time.perf_counter() - wall, _cpu_seconds() - cpu
 
 
-def cpu_seconds() -> float:
+def _cpu_seconds() -> float:
     """Of all threads and of ended child processes, so far."""
     spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in spent)

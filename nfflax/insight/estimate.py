@@ -7,6 +7,7 @@ the end of a step has nothing left to hide behind.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,9 @@ def estimate(
     macs = 3 * network.macs() * passes
     if exchanges is None:
         exchanges = _exchanges(run, network, mesh, rows)
-    live = _live(counted, share)
+    # A device counted by itself holds gradients whole; here they are split as weights are.
+    elsewhere = itertools.accumulate((1 - share) * s.gradients for s in reversed(counted.segments))
+    maps = max(b - away for (_, b), away in zip(counted.timeline(), elsewhere, strict=True))
     accumulated = weights if accumulate > 1 else 0
     batch = run.train.batch_size
     return Estimate(
@@ -117,19 +120,9 @@ def estimate(
         compute=2 * counted.macs * passes * batch / pod.count / pod.chip.flops,
         traffic=moved / pod.chip.memory_rate,
         exchange=sum(each.sent / pod.exchange_rate(each.devices) for each in exchanges),
-        memory=copies * weights + live + accumulated,
+        memory=copies * weights + maps + accumulated,
         state=copies * weights,
     )
-
-
-def _live(counted: Cost, share: float) -> float:
-    """The most bytes besides the state that live at once where weights are split."""
-    most, gradients = 0.0, 0
-    # A device counted by itself holds gradients whole; here they are split.
-    for segment, (_, bytes) in zip(reversed(counted.segments), counted.timeline(), strict=True):
-        gradients += segment.gradients
-        most = max(most, bytes - (1 - share) * gradients)
-    return most
 
 
 def _exchanges(run: Run, network: Plan, mesh: Mapping[str, int], rows: int) -> list[Collective]:

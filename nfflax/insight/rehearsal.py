@@ -26,7 +26,8 @@ from nfflax.spec.run import Run
 # quarter of the time for a network and 1/50 for one 3x3 convolution; flops and exchanges stay the
 # same, memory differs by a tenth at most (docs/scaling.md).
 _QUICKLY = {"exec_time_optimization_effort": -1.0}
-_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # ask no metadata server
+# A process that compiles for TPUs asks no metadata server.
+TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _CPU = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # What XLA says when a program does not fit: of everything, or early on of temporary arrays alone.
 _TOO_LARGE = re.compile(
@@ -86,7 +87,7 @@ def rehearse(run: Run, place: Pod | int, *, optimize: bool = False) -> Rehearsal
     env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false")
     if isinstance(place, Pod):
         check_compiler(place)
-        env |= _TPU
+        env |= TPU_ENVIRONMENT
     else:
         flags = "" if optimize else _CPU
         count = f"--xla_force_host_platform_device_count={place}"  # the last one wins
@@ -186,7 +187,7 @@ def _bytes(text: str) -> int:
     return round(float(text.removesuffix(unit)) * _UNITS[unit])
 
 
-def _devices(place: str | int) -> list[Any]:
+def devices_of(place: str | int) -> list[Any]:
     """Devices of a TPU pod that is described, or the first pretended ones."""
     import jax
 
@@ -200,7 +201,7 @@ def _devices(place: str | int) -> list[Any]:
 def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     place = asked["place"]
     try:
-        run, devices = load_run(asked["run"]), _devices(place)
+        run, devices = load_run(asked["run"]), devices_of(place)
         found = compile_for(run, devices, optimize=asked["optimize"])
     except SpecError as error:
         said = [vars(problem).items() for problem in error.problems]

@@ -217,24 +217,19 @@ class Counter:
 def activation_bytes(plan: Plan, dtype: Dtype) -> int:
     """Bytes per number of its input that a network's activation leaves for the backward pass.
 
-    Asked of JAX, by tracing a loop; so it holds for BatchNorm and for registered activations, too.
+    Asked of JAX; so it holds for BatchNorm and for registered activations, too.
     """
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from nfflax.nn.block import Activate
+    from nfflax.nn.lean import kept_in_a_loop
 
-    x_NHWC = jax.ShapeDtypeStruct((2, 3, 5, 7), jnp.dtype(dtype))
+    def activate(x_NHWC: jax.Array) -> jax.Array:
+        return Activate(plan.spec, x_NHWC.shape[-1], rngs=nnx.Rngs(0))(x_NHWC, True)
 
-    def activate(x_NHWC: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return Activate(plan.spec, x_NHWC.shape[-1], rngs=nnx.Rngs(0))(x_NHWC, True), None
-
-    def repeated(x_NHWC: jax.Array) -> jax.Array:
-        return jax.lax.scan(activate, x_NHWC, length=11)[0]
-
-    left = jax.tree.leaves(jax.eval_shape(lambda x_NHWC: jax.vjp(repeated, x_NHWC)[1], x_NHWC))
-    return sum(a.dtype.itemsize for a in left if a.shape == (11, *x_NHWC.shape))
+    return kept_in_a_loop(activate, jax.ShapeDtypeStruct((2, 3, 5, 7), jnp.dtype(dtype)))
 
 
 def _totals(parts: Sequence[ConvPlan | BlockPlan]) -> tuple[int, float]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfflax.nn.lean import lean
+from nfflax.nn.lean import kept_in_a_loop, lean
 from nfflax.spec.activations import (
     PUBLISHED_GAMMAS,
     QUADRATURE_GAMMAS,
@@ -58,18 +58,9 @@ def get_activation(name: str) -> Activation:
 
 @functools.cache
 def saving(function: Function) -> Function:
-    """`function` in the form that leaves less for the backward pass: autodiff's, or its input.
-
-    What autodiff leaves is asked of a loop, where constants are not among it.
-    """
+    """`function` in the form that leaves less for the backward pass: autodiff's, or its input."""
     x = jax.ShapeDtypeStruct((1,), jnp.float32)
-
-    def repeated(x: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda x, _: (function(x), None), x, length=2)[0]
-
-    left = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(repeated, x)[1], x))
-    bytes = sum(array.dtype.itemsize for array in left if array.shape == (2, 1))
-    return lean(function) if bytes > x.dtype.itemsize else function
+    return lean(function) if kept_in_a_loop(function, x) > x.dtype.itemsize else function
 
 
 def gamma_of(function: Function, tolerance: float = 1e-12) -> float:

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from nfflax.ambient import BATCH_AXES, automatic_axes, has_mesh
 from nfflax.nn.conv_cpu import convolve_cpu
-from nfflax.nn.conv_parts import Ints, Pads, bundled, edged, native, taps
+from nfflax.nn.conv_parts import Ints, Pads, bundled, edged, native, shifted, tap_starts
 
 Padding = Literal["same", "symmetric"] | Sequence[tuple[int, int]]
 
@@ -51,9 +52,8 @@ def conv(
     how = {"strides": strides, "pads": pads, "dilations": dilations, "groups": groups}
     if _may_split_space():
         return _by_taps(x, w, **how)
-    forms = {"cpu": convolve_cpu, "default": _general}
-    forms = {platform: functools.partial(form, **how) for platform, form in forms.items()}
-    return lax.platform_dependent(x, w, **forms)
+    cpu, default = (functools.partial(form, **how) for form in (convolve_cpu, _general))
+    return lax.platform_dependent(x, w, cpu=cpu, default=default)
 
 
 def resolve_padding(
@@ -137,5 +137,15 @@ def _by_taps(
     x: jax.Array, w: jax.Array, *, strides: Ints, pads: Pads, dilations: Ints, groups: int
 ) -> jax.Array:
     """A convolution as one matrix product per kernel position, which XLA partitions correctly."""
-    dense = functools.partial(taps, strides=strides, dilations=dilations)
+    dense = functools.partial(_taps, strides=strides, dilations=dilations)
     return bundled(edged(x, pads), w, groups, dense)
+
+
+def _taps(x: jax.Array, w: jax.Array, *, strides: Ints, dilations: Ints) -> jax.Array:
+    """A dense convolution without padding, one matrix product per kernel position."""
+    reach = [(k - 1) * d for k, d in zip(w.shape[:-2], dilations, strict=True)]
+    spans = [n - r for n, r in zip(x.shape[1:-1], reach, strict=True)]
+    products = [
+        shifted(x, starts, spans, strides) @ w[tap] for tap, starts in tap_starts(w, dilations)
+    ]
+    return functools.reduce(jnp.add, products)

@@ -32,6 +32,9 @@ from nfflax.nn.conv_parts import (
     tap_starts,
 )
 
+How = tuple[Ints, Pads, Ints]
+"""Strides, padding and dilations."""
+
 # The input gradient of maps up to this many pixels is faster as one product than as a convolution.
 _FEW_PIXELS = 64
 
@@ -44,7 +47,11 @@ def convolve_cpu(
     if all(k == 1 for k in w.shape[:-2]) and not any(map(any, pads)):
         x = x[(slice(None), *(slice(None, None, s) for s in strides))]
         return bundled(x, w.reshape(w.shape[-2:]), groups, _product)
-    dense = functools.partial(_dense, strides=strides, pads=pads, dilations=dilations)
+    how = strides, pads, dilations
+
+    def dense(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _dense(x, w, *how)
+
     inputs, outputs = x.shape[-1] // groups, w.shape[-1] // groups
     width = bundle(inputs)
     turns = groups // width
@@ -54,7 +61,7 @@ def convolve_cpu(
     looped = turns * width
     x_looped, x_rest = jnp.split(x, [looped * inputs], axis=-1)
     w_looped, w_rest = jnp.split(w, [looped * outputs], axis=-1)
-    y: Any = _in_turns(x_looped, w_looped, turns, width, strides, pads, dilations)
+    y: Any = _in_turns(x_looped, w_looped, turns, width, how)
     if looped == groups:
         return y
     return jnp.concatenate([y, bundled(x_rest, w_rest, groups - looped, dense)], axis=-1)
@@ -91,12 +98,10 @@ _product.defvjp(lambda x, w: (_product(x, w), (x, w)), _product_backward)
 # --- many groups, in turns --------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _in_turns(
-    x: jax.Array, w: jax.Array, turns: int, width: int, strides: Ints, pads: Pads, dilations: Ints
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _in_turns(x: jax.Array, w: jax.Array, turns: int, width: int, how: How) -> jax.Array:
     """A grouped convolution, `width` groups in each of `turns`."""
-    convolve = functools.partial(_turn, width=width, how=(strides, pads, dilations))
+    convolve = functools.partial(_turn, width=width, how=how)
     part = jax.eval_shape(convolve, _part(x, 0, turns), _part(w, 0, turns))
 
     def turn(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -105,14 +110,12 @@ def _in_turns(
     return lax.fori_loop(0, turns, turn, _blank((*part.shape[:-1], w.shape[-1]), x))
 
 
-def _in_turns_forward(x: jax.Array, w: jax.Array, *how):
-    return _in_turns(x, w, *how), (x, w)
+def _in_turns_forward(x: jax.Array, w: jax.Array, turns: int, width: int, how: How):
+    return _in_turns(x, w, turns, width, how), (x, w)
 
 
-def _in_turns_backward(
-    turns: int, width: int, strides: Ints, pads: Pads, dilations: Ints, saved, dy
-):
-    convolve = functools.partial(_turn, width=width, how=(strides, pads, dilations))
+def _in_turns_backward(turns: int, width: int, how: How, saved, dy: jax.Array):
+    convolve = functools.partial(_turn, width=width, how=how)
 
     def turn(i: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         _, pull_back = jax.vjp(convolve, *(_part(whole, i, turns) for whole in saved))
@@ -124,7 +127,7 @@ def _in_turns_backward(
 _in_turns.defvjp(_in_turns_forward, _in_turns_backward)
 
 
-def _turn(x: jax.Array, w: jax.Array, *, width: int, how: tuple[Ints, Pads, Ints]) -> jax.Array:
+def _turn(x: jax.Array, w: jax.Array, *, width: int, how: How) -> jax.Array:
     return _dense(x, block_diagonal(w, width), *how)
 
 

@@ -1,6 +1,5 @@
 """What the forms of a convolution share: XLA's own operation, padding, windows, narrow groups."""
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -48,16 +47,6 @@ def shifted(x: jax.Array, starts: Ints, spans: Sequence[int], strides: Ints) -> 
     """What one position of the window sees of a padded map."""
     places = zip(starts, spans, strides, strict=True)
     return x[(slice(None), *(slice(start, start + span, s) for start, span, s in places))]
-
-
-def taps(x: jax.Array, w: jax.Array, *, strides: Ints, dilations: Ints) -> jax.Array:
-    """A dense convolution without padding, one matrix product per kernel position."""
-    reach = [(k - 1) * d for k, d in zip(w.shape[:-2], dilations, strict=True)]
-    spans = [n - r for n, r in zip(x.shape[1:-1], reach, strict=True)]
-    products = [
-        shifted(x, starts, spans, strides) @ w[tap] for tap, starts in tap_starts(w, dilations)
-    ]
-    return functools.reduce(jnp.add, products)
 
 
 def bundled(x: jax.Array, w: jax.Array, groups: int, dense: Dense) -> jax.Array:

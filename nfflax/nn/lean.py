@@ -1,4 +1,4 @@
-"""Functions that keep only their arguments for the backward pass."""
+"""Functions that keep only their arguments for the backward pass, and what others keep."""
 
 from collections.abc import Callable
 
@@ -25,3 +25,16 @@ def lean(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     kept.defvjp(forward, backward)
     return kept
+
+
+def kept_in_a_loop(function: Callable[[jax.Array], jax.Array], x: jax.ShapeDtypeStruct) -> int:
+    """Bytes per number of `x` that each turn of a loop over `function` keeps for the backward pass.
+
+    Asked of JAX, by tracing. Outside a loop constants would be among it.
+    """
+
+    def repeated(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (function(x), None), x, length=2)[0]
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(repeated, x)[1], x))
+    return sum(array.dtype.itemsize for array in kept if array.shape == (2, *x.shape))
